@@ -1,0 +1,136 @@
+"""The parts that run configs are made of: data, rollout, scoring, trainer, deadlines. The class default is the recommended setting."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from raysys.config.base import Config, placed
+
+
+class Task(Config):
+    """One procedural domain: a reasoning-gym task rendered as short text.
+
+    `prompt` and `target` are format strings over the entry's metadata plus `answer`; see `raysys.data.procedural` for the fields.
+    """
+
+    task: str
+    """reasoning-gym task name, e.g. `chain_sum`."""
+    params: dict[str, Any] = {}
+    """Arguments of the task, e.g. `{min_terms: 2, max_terms: 2}`."""
+    style: Literal["plain", "scratchpad"] = "plain"
+    """How question and target are written: `plain` asks the task's own question; `scratchpad` is the compact form of the quickstart."""
+    weight: NonNegativeInt = 1
+    """Share of this domain in every batch, relative to the others."""
+
+
+class Procedural(Config):
+    """Rows made on the fly by reasoning-gym, one stream a domain."""
+
+    domains: dict[str, Task]
+    split: Literal["train", "choose", "report"] = "train"
+    """Disjoint streams of tasks: learn from `train`, choose settings on `choose`, print tables from `report`."""
+    size: PositiveInt | None = None
+    """Rows a domain before the stream repeats; null never repeats."""
+    seed: int = 0
+
+
+class Data(Config):
+    """Where prompts (and, for supervised runs, answers) come from: a file or a procedural source, not both."""
+
+    path: str | None = None
+    """JSONL or Parquet file, folder or glob; local, s3://, gs:// or hf://. Columns: `prompt` (text or chat messages), optional `id`, `domain`, `answer`, `verifier`, `metadata`."""
+    source: Procedural | None = None
+    shuffle: bool = True
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    """The run fails when a larger share of rows is unusable."""
+    default_verifier: str = "exact"
+    """Verifier of rows that name none and have an answer."""
+    enable_thinking: bool = False
+    """Passed to the chat template."""
+    context_field: str | None = None
+    """On-policy context distillation: the column whose text the teacher reads in addition to the prompt."""
+    context_template: str = "{prompt}\n\nHere is a reference solution:\n{context}\n\nNow solve the problem in your own way."
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.source is None):
+            raise ValueError("set exactly one of data.path and data.source")
+        return self
+
+
+class Rollout(Config):
+    """vLLM workers and how they sample."""
+
+    workers: PositiveInt = placed(1)
+    tensor_parallel: PositiveInt = placed(1)
+    temperature: PositiveFloat = 1.0
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_sequences: PositiveInt = placed(128)
+    """Sequences an engine decodes at once."""
+    max_batched_tokens: PositiveInt = placed(2048)
+    kv_cache_mib: PositiveInt = placed(64)
+    """KV cache of an engine on CPU; a GPU engine takes `gpu_memory_utilization`."""
+    gpu_memory_utilization: float = placed(0.85, gt=0, le=1)
+    enforce_eager: bool | None = placed(None)
+    """Null: eager on CPU, CUDA graphs on GPU."""
+    prefix_caching: bool = placed(False)
+    threads: PositiveInt = 1
+    """CPU threads of an engine. Identity, because the last bits of log-probs depend on it."""
+
+
+class Scoring(Config):
+    """Frozen teachers and references."""
+
+    ranks: PositiveInt = placed(1)
+    """Scorer actors; each holds all frozen models and takes a share of the rows."""
+    micro_batch_tokens: PositiveInt = placed(16384)
+    chunk_tokens: PositiveInt = placed(1024)
+    """Positions whose logits exist at the same time."""
+    threads: PositiveInt = 1
+
+
+class Trainer(Config):
+    """DeepSpeed ranks and the optimiser."""
+
+    ranks: PositiveInt = placed(1)
+    zero_stage: Literal[0, 1, 2, 3] = placed(1)
+    micro_batch_tokens: PositiveInt = placed(16384)
+    """Tokens (padding included) of one forward and backward pass on one rank."""
+    chunk_tokens: PositiveInt = placed(1024)
+    mini_batches: PositiveInt = 1
+    """Optimiser steps per batch; 1 is the paper's setting (no old log-probs pass, clipping inert)."""
+    weight_decay: NonNegativeFloat = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: PositiveFloat = 1e-8
+    clip: PositiveFloat = 1.0
+    """Largest norm of the global gradient."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 with float32 masters on GPU, float32 on CPU."""
+    activation_checkpointing: bool = placed(False)
+    offload_optimizer: bool = placed(False)
+    threads: PositiveInt = 2
+
+
+class Weights(Config):
+    """How weights go from trainer to engines and how their arrival is proved."""
+
+    backend: Literal["auto", "shared_memory", "nccl"] = placed("auto")
+    bucket_mib: PositiveInt = placed(256)
+    parity_tolerance: PositiveFloat | None = None
+    """Largest allowed log-prob gap between trainer and engine on the probe; null: 1e-3 in float32, 0.25 in bfloat16."""
+
+
+class Deadlines(Config):
+    """Seconds that each kind of wait may take."""
+
+    placement: PositiveFloat = placed(300.0)
+    start: PositiveFloat = placed(900.0)
+    generate: PositiveFloat = placed(1800.0)
+    score: PositiveFloat = placed(900.0)
+    train: PositiveFloat = placed(1800.0)
+    push: PositiveFloat = placed(300.0)
+    checkpoint: PositiveFloat = placed(900.0)

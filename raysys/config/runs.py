@@ -1,0 +1,165 @@
+"""One config a job. Keys marked fixed in the architecture keep their names; what a run learns is `identity()`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from raysys.config.base import Config, placed
+from raysys.config.parts import Data, Deadlines, Rollout, Scoring, Trainer, Weights
+
+
+class Run(Config):
+    """What every job has."""
+
+    name: str | None = placed(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder under `runs/`. Null: the job's name with the next free number."""
+    run_dir: str | None = placed(None)
+    """Default `runs/<name>`. On a remote cluster: a shared absolute path or a URI."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "gpu"] = placed("auto")
+    deadlines: Deadlines = placed(Deadlines())
+
+
+class EvaluationPart(Config):
+    """Held-out tasks of a run."""
+
+    data: Data
+    rows: PositiveInt = 256
+    """Rows a domain."""
+    samples: PositiveInt = 1
+    """1 is greedy; more is avg@k at `temperature`."""
+    temperature: float = Field(1.0, gt=0)
+
+
+class GopdConfig(Run):
+    """`jobs/gopd.py`: on-policy distillation with a reward scale and a free reference. Paper: arXiv 2602.12125."""
+
+    student: str
+    """Hugging Face folder or id."""
+    teachers: dict[str, str]
+    """Domain tag to folder; `default` serves rows without a tag."""
+    reference: str | None = None
+    """Needed when reward_scale != 1: usually the student's own initial folder, or the teacher's pre-RL model (reward correction)."""
+    reward_scale: float = Field(1.0, ge=0)
+    data: Data
+    steps: PositiveInt = placed(50)
+    batch: PositiveInt = 1024
+    """Prompts a step."""
+    samples: PositiveInt = 1
+    """Responses a prompt."""
+    max_age: NonNegativeInt = 0
+    """Weight versions that a trajectory may lag behind; 0 is synchronous."""
+    max_prompt_tokens: PositiveInt = 2048
+    max_response_tokens: PositiveInt = 16384
+    learning_rate: PositiveFloat = 1e-5
+    aggregation: Literal["token", "sequence_token_mean", "sequence_token_sum"] = "token"
+    importance_cap: PositiveFloat = 5.0
+    clip_low: float = Field(0.2, ge=0)
+    clip_high: float = Field(0.2, ge=0)
+    dual_clip: float = Field(3.0, gt=1)
+    rollout: Rollout = Rollout()
+    scoring: Scoring = Scoring()
+    trainer: Trainer = Trainer()
+    weights: Weights = Weights()
+    evaluation: EvaluationPart | None = None
+    evaluate_every: PositiveInt | None = None
+    """Steps between evaluations inside the run; null: before and after only."""
+    checkpoint_every: PositiveInt = placed(10)
+    keep_checkpoints: PositiveInt = placed(2)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.reward_scale != 1 and self.reference is None:
+            raise ValueError(
+                f"reward_scale={self.reward_scale:g} needs reference (the student's initial folder, or the teacher's pre-RL model); "
+                "without one the run would silently be plain on-policy distillation"
+            )
+        if not self.teachers:
+            raise ValueError("teachers is empty; map each domain tag, or 'default', to a folder")
+        if self.max_age > 0:
+            raise ValueError(f"max_age={self.max_age}: asynchronous generation is not built yet; use max_age=0")
+        if self.batch * self.samples < self.trainer.mini_batches:
+            raise ValueError(f"trainer.mini_batches={self.trainer.mini_batches} exceeds the {self.batch * self.samples} responses of a step")
+        if self.evaluate_every is not None and self.evaluation is None:
+            raise ValueError("evaluate_every is set but evaluation is not; give evaluation.data")
+        return self
+
+
+class NewModel(Config):
+    """A small causal language model made from scratch, with a printable-ASCII character tokenizer."""
+
+    architecture: Literal["qwen3"] = "qwen3"
+    hidden_size: PositiveInt = 96
+    layers: PositiveInt = 2
+    heads: PositiveInt = 3
+    kv_heads: PositiveInt = 3
+    head_dim: PositiveInt = 32
+    ffn_size: PositiveInt = 288
+    tied: bool = False
+    context: PositiveInt = 128
+
+
+class SftConfig(Run):
+    """`jobs/sft.py`: supervised fine-tuning; the loop with data as its source and no push."""
+
+    student: str | None = None
+    """Hugging Face folder or id to start from; null makes `new_model`."""
+    new_model: NewModel = NewModel()
+    data: Data
+    steps: PositiveInt = placed(300)
+    batch: PositiveInt = 128
+    """Rows a step."""
+    max_prompt_tokens: PositiveInt = 2048
+    max_response_tokens: PositiveInt = 16384
+    learning_rate: PositiveFloat = 1e-5
+    trainer: Trainer = Trainer()
+    evaluation: EvaluationPart | None = None
+    evaluate_every: PositiveInt | None = None
+    stop_at: dict[str, float] = {}
+    """Stop early when each of these domains reaches this greedy accuracy at an evaluation."""
+    rollout: Rollout = Rollout()
+    weights: Weights = Weights()
+    checkpoint_every: PositiveInt = placed(50)
+    keep_checkpoints: PositiveInt = placed(1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.stop_at or self.evaluate_every) and self.evaluation is None:
+            raise ValueError("evaluate_every and stop_at need evaluation; give evaluation.data")
+        if self.stop_at and self.evaluate_every is None:
+            raise ValueError("stop_at needs evaluate_every")
+        return self
+
+
+class EvaluateConfig(Run):
+    """`jobs/evaluate.py`: any list of checkpoints on any task source, through vLLM."""
+
+    models: dict[str, str]
+    """Label to Hugging Face folder or id."""
+    evaluation: EvaluationPart
+    max_prompt_tokens: PositiveInt = 2048
+    max_response_tokens: PositiveInt = 16384
+    rollout: Rollout = Rollout()
+    examples: NonNegativeInt = 5
+    """Responses a model shown in the report."""
+
+
+class Stage(Config):
+    """One stage of a pipeline: a job with its config."""
+
+    job: str
+    config: str | None = None
+    """YAML file, relative to the pipeline's own."""
+    set: dict[str, Any] = {}
+    """Keys on top of the file. A value `${stage}` becomes that stage's export folder, `${stage:run}` its run folder."""
+    main: bool = False
+    """Overrides given on the command line go to the stages marked main."""
+
+
+class PipelineConfig(Run):
+    """`jobs/pipeline.py`: stages in order, content-addressed, skipped when done."""
+
+    stages: dict[str, Stage]
+    title: str = "pipeline"

@@ -1,0 +1,110 @@
+"""What every actor needs: deadlines, placement groups, the device, threads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from raysys.errors import DeadlineError, InfrastructureError, PlacementError, RaysysError
+
+
+def get(refs: Any, *, timeout: float, actor: str, operation: str, knob: str) -> Any:
+    """`ray.get` with a deadline and a readable error.
+
+    Args:
+        refs: one object ref or a list of them.
+        timeout: seconds.
+        actor, operation, knob: what the error names: who was waited for, what it was doing, which config key sets `timeout`.
+
+    Raises:
+        DeadlineError: nothing came in time.
+        RaysysError: whatever the actor raised on purpose, as itself and not wrapped in Ray's task error.
+        InfrastructureError: the actor or its node died, or it failed in a way nobody foresaw; the first cause is in the text.
+    """
+    try:
+        return ray.get(refs, timeout=timeout)
+    except ray.exceptions.GetTimeoutError:
+        raise DeadlineError(actor, operation, timeout, knob) from None
+    except ray.exceptions.RayTaskError as error:
+        raise first_cause(error, actor, operation) from error
+    except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError) as error:
+        raise InfrastructureError(f"{actor} died during '{operation}': {_first_line(error)}") from error
+
+
+def first_cause(error: BaseException, actor: str, operation: str) -> RaysysError:
+    """The error that started it: ours if an actor raised one of ours, else one line naming the actor."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, RaysysError):
+            return cause
+        inner = getattr(cause, "cause", None) or cause.__cause__
+        if inner is None or inner is cause:
+            break
+        cause = inner
+    if isinstance(cause, ray.exceptions.RayActorError):
+        return InfrastructureError(f"{actor} died during '{operation}': {_first_line(cause)}")
+    return InfrastructureError(f"{actor} failed in '{operation}': {type(cause).__name__}: {_first_line(cause)}")
+
+
+def _first_line(error: BaseException | None) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:500] if lines else type(error).__name__
+
+
+def reserve(bundles: Sequence[dict[str, float]], *, what: str, timeout: float, strategy: str = "PACK") -> PlacementGroup:
+    """A placement group that is ready to use.
+
+    Args:
+        bundles: resources of each actor, e.g. `[{"CPU": 1}, {"CPU": 1}]`.
+        what: who asks; appears in the error ("trainer", "rollout", "scorer").
+        timeout: seconds, from `deadlines.placement`.
+
+    Raises:
+        PlacementError: the cluster cannot give it; says what was asked and what the cluster has in all and free.
+    """
+    group = placement_group(list(bundles), strategy=strategy)
+    if group.wait(timeout):
+        return group
+    state = placement_group_table(group)["stats"]["scheduling_state"]
+    remove_placement_group(group)
+    raise PlacementError(
+        f"no place for {what}: asked for {_sum(bundles)} as {len(bundles)} bundles ({strategy}), waited {timeout:g} s, "
+        f"cluster has {_plain(ray.cluster_resources())}, free {_plain(ray.available_resources())}, state {state}",
+        f"ask for less ({what}.workers, {what}.ranks), add nodes, or raise deadlines.placement",
+    )
+
+
+def _sum(bundles: Sequence[dict[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            total[name] = total.get(name, 0) + amount
+    return total
+
+
+def _plain(resources: dict[str, float]) -> dict[str, float]:
+    return {name: amount for name, amount in sorted(resources.items()) if name in ("CPU", "GPU") or not name.startswith(("node:", "memory", "object"))}
+
+
+class Stopwatch:
+    """Seconds by phase of one step: `with watch("generate"): ...`; `watch.seconds` sums each phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._phase = ""
+        self._since = 0.0
+
+    def __call__(self, phase: str) -> Stopwatch:
+        self._phase = phase
+        return self
+
+    def __enter__(self) -> Stopwatch:
+        self._since = time.monotonic()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time.monotonic() - self._since
