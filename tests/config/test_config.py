@@ -1,0 +1,74 @@
+"""Configs: clear errors, identity apart from placement, cheap imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raysys.config.runs import GopdConfig, SftConfig
+from raysys.errors import ConfigError
+
+MINIMAL = ["student=s", "teachers.default=t", "data.path=p.jsonl"]
+
+
+def load(*overrides: str) -> GopdConfig:
+    return GopdConfig.load(None, [*MINIMAL, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("stepz=3", "unknown key 'stepz', did you mean 'steps'"),
+        ("rollout.worker=3", "unknown key 'rollout.worker', did you mean 'rollout.workers'"),
+        ("steps=many", "steps: .*valid integer.*'many'"),
+        ("reward_scale=1.25", "reward_scale=1.25 needs reference"),
+        ("reward_scale=.nan", "reward_scale"),
+        ("teachers={}", "teachers is empty"),
+        ("evaluate_every=5", "evaluation is not"),
+        ("data.source={domains: {a: {task: t}}}", "exactly one of data.path and data.source"),
+        ("name=../up", "name"),
+        ("nonsense", "not key=value"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as error:
+        load(override)
+    assert "\n" not in str(error.value)
+
+
+def test_overrides_read_numbers_lists_and_null() -> None:
+    config = load("learning_rate=1e-3", "trainer.betas=[0.9, 0.95]", "reference=null", "rollout.workers=2")
+    assert (config.learning_rate, config.trainer.betas, config.reference, config.rollout.workers) == (1e-3, (0.9, 0.95), None, 2)
+
+
+def test_identity_ignores_placement_only() -> None:
+    same = load("rollout.workers=4", "trainer.zero_stage=3", "steps=999", "deadlines.train=5", "name=x")
+    assert same.identity() == load().identity() and same.fingerprint() == load().fingerprint()
+    assert load("seed=1").fingerprint() != load().fingerprint()
+    falling = [SftConfig.load(None, ["data.path=p", "trainer.schedule=cosine", f"steps={steps}"]) for steps in (3, 4)]
+    assert falling[0].identity() != falling[1].identity()
+
+
+def test_yaml_round_trip_and_base_files(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("student: s\nteachers: {default: t}\ndata: {path: p}\ntrainer: {zero_stage: 2, clip: 0.5}\n")
+    (tmp_path / "over.yaml").write_text("base: base.yaml\ntrainer: {clip: 0.25}\n")
+    config = GopdConfig.load(tmp_path / "over.yaml")
+    assert (config.trainer.zero_stage, config.trainer.clip) == (2, 0.25)
+    (tmp_path / "again.yaml").write_text(config.to_yaml())
+    assert GopdConfig.load(tmp_path / "again.yaml") == config
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist"):
+        GopdConfig.load(tmp_path / "nowhere.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        GopdConfig.load(tmp_path / "broken.yaml")
+
+
+def test_configs_import_no_engine() -> None:
+    code = "import sys, raysys.config.runs; print([m for m in ('torch', 'ray', 'vllm', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

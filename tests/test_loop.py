@@ -1,0 +1,124 @@
+"""The loop and the ledger with fake rooms: kill anywhere, resume, and nothing differs from a run nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raysys.config.runs import GopdConfig
+from raysys.errors import ConfigError
+from raysys.evaluation.during import NoEvaluation
+from raysys.ledger import Ledger
+from raysys.loop import Parts, describe, train
+from tests.fakes import FakeObjective, FakeScorers, FakeSource, FakeTrainer, FakeWeights, FileMetrics, Killed
+
+KEYS = ["student=s", "teachers.default=t", "data.path=p.jsonl", "batch=3", "steps=7"]
+
+
+def launch(folder: Path, steps: int = 7, die_in: str = "", die_at: int = -1, every: int = 3) -> tuple[FakeTrainer, int]:
+    """One process's life: open the ledger, go on from it, maybe die in a phase of a step."""
+    ledger = Ledger(folder, GopdConfig.load(None, [*KEYS, f"steps={steps}"]), keep=2)
+    try:
+        trainer = FakeTrainer()
+        source = FakeSource(trainer)
+        if ledger.resume_point:
+            trainer.load(str(ledger.resume_point / "trainer"))
+            source.restore(ledger.cursor() or {})
+        parts = Parts(source, FakeScorers(), FakeObjective(), trainer, FakeWeights(), ledger, NoEvaluation(), FileMetrics(folder))
+        targets = {"take": source, "annotate": parts.scorers, "step": trainer, "push": parts.weights, "write": parts.metrics, "commit": ledger, "save": trainer}
+        if die_in:
+            _break(targets[die_in], die_in, die_at)
+        end = train(parts, steps=steps, batch=3, checkpoint_every=every)
+        ledger.finish(end)
+        return trainer, end
+    finally:
+        ledger.close()
+
+
+def _break(target: object, method: str, at: int) -> None:
+    whole, calls = getattr(target, method), iter(range(10**6))
+
+    def dies(*args, **kwargs):
+        if next(calls) == at:
+            if method == "save":  # half a checkpoint on disk
+                Path(args[0]).mkdir(parents=True)
+                (Path(args[0]) / "weight.json").write_text("[")
+            raise Killed
+        return whole(*args, **kwargs)
+
+    setattr(target, method, dies)
+
+
+def records(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def trained(folder: Path) -> list[str]:
+    return [i for line in (folder / "ledger/steps.jsonl").read_text().splitlines() for i in json.loads(line)["ids"]]
+
+
+@pytest.mark.parametrize("phase", ["take", "annotate", "step", "push", "write", "commit", "save"])
+@pytest.mark.parametrize("at", [0, 1, 4])
+def test_a_kill_in_any_phase_changes_nothing(tmp_path: Path, phase: str, at: int) -> None:
+    calm, _ = launch(tmp_path / "calm")
+    try:
+        launch(tmp_path / "hit", die_in=phase, die_at=at)
+        assert phase == "save", "only a checkpoint that is never reached may go unharmed"
+    except Killed:
+        pass
+    resumed, _ = launch(tmp_path / "hit")
+    assert records(tmp_path / "hit") == records(tmp_path / "calm")
+    assert trained(tmp_path / "hit") == trained(tmp_path / "calm") == [f"p{i}@0/0" for i in range(21)]
+    if (tmp_path / "hit/checkpoints/step_00000007").exists():
+        assert (tmp_path / "hit/checkpoints/step_00000007/trainer/weight.json").read_text() == json.dumps([calm.weight, 7])
+
+
+def test_more_steps_go_on_from_the_end(tmp_path: Path) -> None:
+    straight, _ = launch(tmp_path / "straight", steps=11)
+    launch(tmp_path / "grown", steps=7)
+    grown, end = launch(tmp_path / "grown", steps=11)
+    assert end == 11 and grown.weight == straight.weight
+    assert records(tmp_path / "grown") == records(tmp_path / "straight")
+
+
+def test_a_half_written_checkpoint_is_passed_over_with_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    calm, _ = launch(tmp_path / "calm")
+    launch(tmp_path / "hit")
+    (tmp_path / "hit/checkpoints/step_00000007/trainer/weight.json").write_text("")
+    (tmp_path / "hit/ledger/finished.json").unlink()
+    again, _ = launch(tmp_path / "hit")
+    assert "step_00000007 is incomplete" in caplog.text
+    assert again.weight == calm.weight and records(tmp_path / "hit") == records(tmp_path / "calm")
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    config = GopdConfig.load(None, KEYS)
+    first = Ledger(tmp_path, config)
+    with pytest.raises(ConfigError, match=r"in use by pid \d+ on"):
+        Ledger(tmp_path, config)
+    first.close()
+    Ledger(tmp_path, config).close()
+
+
+def test_another_identity_is_refused_by_key_and_placement_is_not(tmp_path: Path) -> None:
+    Ledger(tmp_path, GopdConfig.load(None, KEYS)).close()
+    Ledger(tmp_path, GopdConfig.load(None, [*KEYS, "rollout.workers=2", "trainer.ranks=2", "steps=9"])).close()
+    with pytest.raises(ConfigError, match=r"learning_rate: 1e-05 -> 0.001; seed: 0 -> 4"):
+        Ledger(tmp_path, GopdConfig.load(None, [*KEYS, "learning_rate=1e-3", "seed=4"]))
+
+
+def test_old_resume_points_go_and_the_last_two_stay(tmp_path: Path) -> None:
+    launch(tmp_path, every=1)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000006", "step_00000007"]
+
+
+def test_describe_names_domains_and_age() -> None:
+    trainer = FakeTrainer()
+    trainer.steps = 2
+    scored = FakeScorers().annotate(FakeSource(trainer).take(3, 0))
+    facts = describe(scored, version=3)
+    assert facts["age_max"] == 1.0 and facts["truncated"] == 0.0 and facts["response_tokens"] == 2.0
+    assert facts["reward/b"] == pytest.approx((1 / 3 + 1) / 2) and facts["reward/a"] == pytest.approx(2 / 3)
