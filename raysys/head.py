@@ -60,6 +60,11 @@ class Head:
         }
         return env
 
+    @property
+    def env(self) -> dict[str, str]:
+        """`environment()` for a subprocess that joins this head."""
+        return self.environment()
+
     def alive(self) -> bool:
         return self._process() is not None
 
@@ -83,7 +88,8 @@ class Head:
         with contextlib.suppress(psutil.NoSuchProcess):
             family += process.children(recursive=True)
             process.send_signal(signal.SIGTERM)
-        _, left = psutil.wait_procs(family, timeout=timeout)
+        psutil.wait_procs([process], timeout=timeout)
+        _, left = psutil.wait_procs(family, timeout=0.5)
         for survivor in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 survivor.kill()
@@ -224,6 +230,8 @@ def _store_bytes() -> int:
 def _head_environment(token: Path) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_ADDRESS", "RAY_JOB", "RAY_AUTH"))}
     return inherited | {
+        # A submitted job runs under the `python` of the head's PATH: it must be this one.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",

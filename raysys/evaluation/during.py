@@ -22,6 +22,7 @@ class Evaluator:
         prompts: the held-out prompts, repeated per sample already.
         decode, score: see `run_evaluation`.
         folder: the run folder; results go to `evaluation.jsonl` and `samples.jsonl`.
+        label: what the record is called; None: "before", "after" or the step.
         steps, every: evaluate at 0, at `steps`, and at multiples of `every` (None: only at the ends).
         samples: responses a prompt; 1 is greedy.
         stop_at: accuracy by domain at which the run may end.
@@ -45,13 +46,15 @@ class Evaluator:
         before: Callable[[int], Any] | None = None,
         told: Callable[[str], None] = log.info,
         examples: int = 5,
+        label: str | None = None,
         facts: Mapping[str, Any] | None = None,
     ):
         self._generate, self._prompts, self._decode, self._score = generate, prompts, decode, score
         self._folder, self._steps, self._every, self._samples = folder, steps, every, samples
         self._stop_at, self._export, self._before, self._told = dict(stop_at or {}), export, before, told
-        self._examples, self._facts = examples, dict(facts or {})
-        self._done = {record["step"]: record for record in _lines(folder / "evaluation.jsonl")}
+        self._examples, self._label, self._facts = examples, label, dict(facts or {})
+        known = _lines(folder / "evaluation.jsonl")
+        self._done = {record["step"]: record for record in known if label is None or record["label"] == label}
         self._best = max((record["mean"] for record in self._done.values() if record["step"] > 0), default=-1.0)
 
     def due(self, step: int) -> bool:
@@ -70,7 +73,7 @@ class Evaluator:
         return step > 0 and bool(self._stop_at) and all(reached.get(name, 0.0) >= bar for name, bar in self._stop_at.items())
 
     def _record(self, step: int, result: EvaluationResult) -> None:
-        label = "before" if step == 0 else "after" if step == self._steps else f"step {step}"
+        label = self._label or ("before" if step == 0 else "after" if step == self._steps else f"step {step}")
         facts = result.to_dict()
         record = {"step": step, "label": label, "mean": mean_accuracy(facts)} | self._facts | {k: v for k, v in facts.items() if k != "examples"}
         _append(self._folder / "evaluation.jsonl", record)

@@ -1,0 +1,81 @@
+"""`raysys plan CONFIG [key=value ...]` and `raysys doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from raysys.config.base import read_yaml
+from raysys.config.jobs import CONFIGS
+from raysys.config.runs import Run
+from raysys.errors import ConfigError, RaysysError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 fine, 1 something does not fit or is broken, 2 the input was wrong."""
+    parser = argparse.ArgumentParser(prog="raysys")
+    commands = parser.add_subparsers(dest="command", required=True)
+    plan = commands.add_parser("plan", help="parameters, memory by part, placement, and what does not fit; starts nothing")
+    plan.add_argument("config", help="YAML of a gopd, sft or evaluate job, or of a pipeline of these")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument(
+        "--device", choices=("gpu", "cpu"), help="plan for it (default: the config's; auto: gpu, but cpu for models below 100 M)"
+    )
+    plan.add_argument("--gpu-gib", type=float, default=80.0, help="memory of one GPU (default 80)")
+    plan.add_argument("--gpus", type=int, help="GPUs at hand, to check the placement against")
+    commands.add_parser("doctor", help="is this machine fine? every finding with its remedy")
+    options = parser.parse_args(argv)
+    try:
+        return _plan(options) if options.command == "plan" else _doctor()
+    except RaysysError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from raysys import plan
+
+    code = 0
+    for title, config in _configs(Path(options.config), options.overrides):
+        if title:
+            print(f"== {title}")
+        found = plan.estimate(config, plan.choose(config, options.device, options.gpu_gib, options.gpus))
+        print(plan.render(found) + "\n")
+        code = max(code, int(bool(found.problems)))
+    return code
+
+
+def _configs(path: Path, overrides: Sequence[str]) -> list[tuple[str, Run]]:
+    """The configs to plan: one, or each stage of a pipeline."""
+    job = job_of(read_yaml(path))
+    if job != "pipeline":
+        return [("", CONFIGS[job].load(path, overrides))]
+    from raysys import pipeline
+
+    planned = pipeline.plan(path, overrides, Path("runs").absolute())
+    return [(f"{stage.name} ({stage.job})", stage.config) for stage in planned.stages if stage.same_as is None]
+
+
+def job_of(values: dict[str, object]) -> str:
+    """Which job a config is for, by the keys that only this job has. Raises ConfigError."""
+    for job, key in (("pipeline", "stages"), ("gopd", "teachers"), ("evaluate", "models"), ("sft", "data")):
+        if key in values:
+            return job
+    raise ConfigError("this file is no config of gopd, sft, evaluate or pipeline", "it has none of the keys stages, teachers, models, data")
+
+
+def _doctor() -> int:
+    from raysys import doctor
+
+    findings = doctor.examine()
+    for finding in findings:
+        print(finding.line())
+    broken = sum(finding.state == "fail" for finding in findings)
+    print(f"{len(findings)} checks, {broken} failed" if broken else f"{len(findings)} checks, this machine is fine")
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

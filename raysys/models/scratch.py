@@ -1,0 +1,88 @@
+"""Small causal language models made from scratch, as Hugging Face folders that stock transformers and stock vLLM load.
+
+The tokenizer knows the 95 printable ASCII characters (32 to 126), one token each, and three specials: 98 ids.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from raysys.config.runs import NewModel
+
+SPECIALS = PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # ids 0, 1, 2
+CHARACTERS = [chr(code) for code in range(32, 127)]
+
+
+def new_causal(spec: NewModel, folder: str | Path, seed: int) -> Path:
+    """Writes a freshly initialised model and its tokenizer.
+
+    Args:
+        spec: sizes of the model.
+        folder: made if it is not there; files of the same names are replaced.
+        seed: the same seed gives the same bytes; the global random state is left as it was.
+
+    Returns:
+        The folder, with config.json, generation_config.json, model.safetensors (float32) and the tokenizer's files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = character_tokenizer(spec.context)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(_config(spec)).float()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _no_default_sampling(folder)
+    return folder
+
+
+def character_tokenizer(context: int) -> PreTrainedTokenizerFast:
+    """One token a printable ASCII character; text comes back from ids exactly. `context`: tokens of the model's window.
+
+    Characters outside printable ASCII have no token and are dropped by the tokenizer: callers check their texts.
+    """
+    vocabulary = {token: index for index, token in enumerate([*SPECIALS, *CHARACTERS])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+        model_max_length=context,
+    )
+
+
+def _config(spec: NewModel) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(SPECIALS) + len(CHARACTERS),
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.ffn_size,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        max_position_embeddings=spec.context,
+        tie_word_embeddings=spec.tied,
+        pad_token_id=SPECIALS.index(PAD),
+        bos_token_id=SPECIALS.index(BOS),
+        eos_token_id=SPECIALS.index(EOS),
+        dtype="float32",
+    )
+
+
+def _no_default_sampling(folder: Path) -> None:
+    # An engine takes sampling defaults from this file; a run's own settings must be the only ones.
+    path = folder / "generation_config.json"
+    values = json.loads(path.read_text())
+    for key in ("temperature", "top_p", "top_k"):
+        values.pop(key, None)
+    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,136 @@
+"""The scorers as the driver sees them: one call annotates a batch. Imports neither torch nor an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raysys.batch import Batch, Ragged
+from raysys.config.parts import Deadlines, Scoring
+from raysys.runtime import get, reserve
+from raysys.scoring.routing import route, shard
+from raysys.scoring.scorer import ScorerSpec, ScorerWorker
+
+_READ = ("prompt_id", "domain", "prompt_ids", "teacher_prompt_ids", "response_ids", "answer", "verifier", "metadata")
+
+# Without these glibc gives every large block back to the system and faults it in again at the next micro-batch.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31), "MALLOC_TOP_PAD_": str(2**26)}
+
+
+class ScorerGroup:
+    """Scorer actors, each with all frozen models; rows are dealt out by their tokens. A context manager that closes itself.
+
+    Args:
+        config: ranks, micro-batches, threads.
+        teachers: domain tag to folder; `default` serves rows without a tag.
+        reference: folder or None. Neither loaded nor scored when `reward_scale` is 1, held once when it is also a teacher.
+        tokenizer_folder: the student's.
+        temperature: of the rollouts; divides the logits.
+        device: "cpu" or "gpu".
+        dtype: of the frozen weights, e.g. "float32", "bfloat16".
+    """
+
+    def __init__(
+        self,
+        config: Scoring,
+        teachers: dict[str, str],
+        reference: str | None,
+        reward_scale: float,
+        tokenizer_folder: str,
+        temperature: float,
+        device: str,
+        dtype: str,
+        deadlines: Deadlines,
+    ):
+        self._config, self._deadlines = config, deadlines
+        self.spec = ScorerSpec(
+            teachers=dict(teachers),
+            reference=reference if reward_scale != 1 else None,
+            tokenizer=tokenizer_folder,
+            temperature=temperature,
+            device=device,
+            dtype=dtype,
+            micro_batch_tokens=config.micro_batch_tokens,
+            chunk_tokens=config.chunk_tokens,
+            threads=config.threads,
+        )
+        self._placement: PlacementGroup | None = None
+        self._workers: list[Any] = []
+
+    def __enter__(self) -> ScorerGroup:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def start(self) -> list[dict[str, Any]]:
+        """Places the actors and loads the models. Returns what each holds.
+
+        Raises:
+            PlacementError: no room in the cluster.
+            DeadlineError: loading took longer than `deadlines.start`.
+            ConfigError: a folder holds no model to score with.
+        """
+        bundle: dict[str, float] = {"CPU": float(self._config.threads)} | ({"GPU": 1.0} if self.spec.device == "gpu" else {})
+        self._placement = reserve([bundle] * self._config.ranks, what="scorer", timeout=self._deadlines.placement)
+        environment = {"env_vars": {**_MALLOC, "OMP_NUM_THREADS": str(self._config.threads)}}
+        actor = ray.remote(ScorerWorker)
+        for rank in range(self._config.ranks):
+            place = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
+            resources: dict[str, Any] = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0)}
+            self._workers.append(actor.options(scheduling_strategy=place, runtime_env=environment, **resources).remote(self.spec))
+        return get(
+            [worker.start.remote() for worker in self._workers],
+            timeout=self._deadlines.start,
+            actor="scorer",
+            operation="load the frozen models",
+            knob="deadlines.start",
+        )
+
+    def annotate(self, batch: Batch, queries: Ragged | None = None) -> Batch:
+        """The same rows with `teacher_logprobs` [, `reference_logprobs`] and, where a row has a verifier, `reward`.
+
+        Args:
+            batch: rows with responses.
+            queries: ids to score in place of the sampled ones, K for each response token, flat by row (see `ScorerWorker.score`).
+
+        Raises:
+            DataError: a tag has no teacher (checked before any work is sent), or a row does not fit the models.
+            DeadlineError: scoring took longer than `deadlines.score`.
+        """
+        route(batch.strings("domain"), batch.strings("prompt_id"), self.spec.teachers)
+        if not len(batch):
+            return batch
+        shards = [rows for rows in shard(self._tokens(batch), len(self._workers)) if len(rows)]
+        needed = Batch(batch.table.select([name for name in _READ if name in batch]))
+        refs = [
+            worker.score.remote(needed.take(rows), None if queries is None else Ragged.of([queries[row] for row in rows], np.int32))
+            for worker, rows in zip(self._workers, shards, strict=False)
+        ]
+        scored = get(refs, timeout=self._deadlines.score, actor="scorer", operation="score a batch", knob="deadlines.score")
+        return batch.with_columns(**_merge(scored, shards))
+
+    def _tokens(self, batch: Batch) -> np.ndarray:
+        prompts = batch.lengths("teacher_prompt_ids" if "teacher_prompt_ids" in batch else "prompt_ids")
+        return prompts + batch.lengths("response_ids")
+
+    def close(self) -> None:
+        """Ends the actors and frees their place. Safe to call twice, and on a group that never started."""
+        for worker in self._workers:
+            ray.kill(worker)
+        self._workers = []
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            self._placement = None
+
+
+def _merge(scored: list[Batch], shards: list[np.ndarray]) -> dict[str, pa.ChunkedArray]:
+    """Columns of all shards in the batch's order. A shard of rows without verifier has no reward column: null there."""
+    order = np.argsort(np.concatenate(shards))
+    table = pa.concat_tables([part.table for part in scored], promote_options="default").take(pa.array(order))
+    return {name: table.column(name) for name in table.column_names}

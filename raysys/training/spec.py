@@ -1,0 +1,73 @@
+"""What crosses between the trainer group and its ranks. Imports neither torch nor Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from raysys.config.parts import Trainer
+from raysys.training.objectives import Objective
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """What one rank is built from."""
+
+    config: Trainer
+    model: str
+    """Hugging Face folder or id."""
+    objective: Objective
+    learning_rate: float
+    steps: int
+    """Where a falling learning rate ends."""
+    seed: int
+    temperature: float
+    """Of the rollouts; divides the logits."""
+    device: str
+    """"cpu" or "gpu"."""
+    dtype: str
+    """"float32" or "bfloat16" (then with float32 masters)."""
+    log_dir: str | None = None
+    """Where DeepSpeed's own chatter goes, one file a rank; None drops it."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of one optimiser step."""
+
+    rows: np.ndarray
+    """Rows of the batch that this rank was sent."""
+    tokens: int
+    """Response tokens of the optimiser step, all ranks together."""
+    sequences: int
+    """Rows with at least one response token, all ranks together."""
+    micro_batches: int
+    """Forward and backward passes that every rank makes, empty ones included: their collectives must match."""
+
+
+@dataclass
+class Tally:
+    """Metrics on their way to a global mean: sums with their counts, maxima, and what is the same on all ranks."""
+
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    maxima: dict[str, float] = field(default_factory=dict)
+    common: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, total: float, count: float) -> None:
+        before = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = (before[0] + total, before[1] + count)
+
+    def peak(self, name: str, value: float) -> None:
+        self.maxima[name] = max(value, self.maxima.get(name, value))
+
+    def merge(self, other: Tally) -> Tally:
+        """Takes in another rank's tally; `common` stays this one's."""
+        for name, (total, count) in other.sums.items():
+            self.add(name, total, count)
+        for name, value in other.maxima.items():
+            self.peak(name, value)
+        return self
+
+    def metrics(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self.sums.items() if count} | self.maxima | self.common

@@ -1,0 +1,344 @@
+"""Wires the rooms together: which rooms each job needs, started side by side, closed whatever happens.
+
+This and `jobs/` are the only places, with `loop.py` and `cli.py`, that know more than one room.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raysys.batch import Batch
+from raysys.config.parts import Data
+from raysys.config.runs import EvaluateConfig, EvaluationPart, GopdConfig, Run, SftConfig
+from raysys.data.preflight import check_vocabularies, preflight
+from raysys.data.stream import PromptStream
+from raysys.data.text import Decoder, repeat
+from raysys.errors import ConfigError
+from raysys.evaluation.during import Evaluator, NoEvaluation
+from raysys.job import Session
+from raysys.loop import Evaluates, Parts, train
+from raysys.report.metrics import MetricsWriter
+from raysys.report.progress import Progress
+from raysys.rollout.pool import RolloutPool
+from raysys.rollout.source import OnPolicySource
+from raysys.rollout.spec import RolloutSpec, Sampling
+from raysys.runtime import get
+from raysys.scoring.group import ScorerGroup
+from raysys.scoring.verifiers import score
+from raysys.training.group import TrainerGroup
+from raysys.training.objectives import GopdObjective, Objective, SftObjective
+from raysys.weights.push import Pusher
+
+log = logging.getLogger("raysys")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the cluster offers and what the run therefore uses."""
+
+    device: str
+    dtype: str
+
+    @classmethod
+    def choose(cls, config: Run, wanted_dtype: str, gpus_needed: int) -> Hardware:
+        """Picks GPU or CPU. Raises ConfigError when the run asks for more GPUs than the cluster has."""
+        import ray
+
+        have = int(ray.cluster_resources().get("GPU", 0))
+        device = ("gpu" if have else "cpu") if config.device == "auto" else config.device
+        if device == "gpu" and gpus_needed > have:
+            raise ConfigError(
+                f"the run needs {gpus_needed} GPUs (rollout.workers x rollout.tensor_parallel + scoring.ranks + trainer.ranks), the cluster has {have}",
+                "lower one of these keys, or set device=cpu",
+            )
+        dtype = wanted_dtype if wanted_dtype != "auto" else "bfloat16" if device == "gpu" else "float32"
+        return cls(device, dtype)
+
+
+# -- checks before any actor starts
+
+
+def check_gopd(config: GopdConfig) -> None:
+    """Everything about models and data that can be known without a cluster. Raises ConfigError or DataError."""
+    student = local_or_id(config.student)
+    frozen = {f"teachers.{tag}": local_or_id(folder) for tag, folder in config.teachers.items()}
+    if config.reference is not None and config.reward_scale != 1:
+        frozen["reference"] = local_or_id(config.reference)
+    check_vocabularies({"student": student} | frozen)
+    _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, set(config.teachers))
+    if config.evaluation is not None:
+        _check_data(config.evaluation.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
+
+
+def check_sft(config: SftConfig) -> None:
+    """As `check_gopd`. A model that the run makes itself has nothing to check but its data."""
+    student = local_or_id(config.student) if config.student else None
+    _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """As `check_gopd`."""
+    if not config.models:
+        raise ConfigError("models is empty", "name at least one checkpoint: models.student=FOLDER")
+    models = {f"models.{label}": local_or_id(folder) for label, folder in config.models.items()}
+    for label, folder in models.items():
+        check_vocabularies({label: folder})
+    _check_data(config.evaluation.data, next(iter(models.values())), config.max_prompt_tokens, config.max_response_tokens, None)
+
+
+def _check_data(data: Data, tokenizer: str | None, prompt: int, response: int, domains: set[str] | None) -> None:
+    preflight(data, tokenizer, max_prompt_tokens=prompt, max_response_tokens=response, domains=domains)
+
+
+def local_or_id(folder: str) -> str:
+    """An absolute path for a folder that is here (actors have other working directories), else the hub id as it is."""
+    return str(Path(folder).absolute()) if Path(folder).exists() else folder
+
+
+# -- jobs
+
+
+def run_gopd(config: GopdConfig, session: Session) -> None:
+    """On-policy distillation: rollouts, scorers and trainer side by side, then the loop."""
+    gpus = config.rollout.workers * config.rollout.tensor_parallel + config.scoring.ranks + config.trainer.ranks
+    hardware = Hardware.choose(config, config.trainer.dtype, gpus)
+    student = local_or_id(config.student)
+    reference = local_or_id(config.reference) if config.reference and config.reward_scale != 1 else None
+    objective = GopdObjective.of(config)
+    with ExitStack() as stack:
+        pool = stack.enter_context(_pool(config, student, hardware, session.folder))
+        trainer = stack.enter_context(_trainer(config, student, objective, hardware, session.folder))
+        scorers = stack.enter_context(
+            ScorerGroup(
+                config.scoring,
+                teachers={tag: local_or_id(folder) for tag, folder in config.teachers.items()},
+                reference=reference,
+                reward_scale=config.reward_scale,
+                tokenizer_folder=student,
+                temperature=config.rollout.temperature,
+                device=hardware.device,
+                dtype=hardware.dtype,
+                deadlines=config.deadlines,
+            )
+        )
+        start_all(rollout=pool.start, trainer=trainer.start, scorer=scorers.start)
+        stream = PromptStream(config.data, student, config.seed, config.max_prompt_tokens, config.max_response_tokens)
+        sampling = Sampling(
+            temperature=config.rollout.temperature, top_p=config.rollout.top_p, max_tokens=config.max_response_tokens, seed=config.seed
+        )
+        source = OnPolicySource(stream, pool, config.samples, sampling)
+        pusher = _pusher(config, trainer, pool, student)
+        resume(session, trainer, source)
+        pusher.push(session.ledger.step)
+        evaluator = _evaluator(config, session, pool, trainer, student, before=None)
+        parts = Parts(source, scorers, objective, trainer, Pushes(pusher), session.ledger, evaluator, _metrics(config, session, stack))
+        finish(config, session, parts, trainer, max_age=config.max_age)
+        for line in stream.report().lines():
+            log.info(line)
+
+
+def run_sft(config: SftConfig, session: Session) -> None:
+    """Supervised fine-tuning: the same loop with data as its source, no scorers, and a push only where an evaluation needs one."""
+    hardware = Hardware.choose(config, config.trainer.dtype, config.trainer.ranks + (config.rollout.workers if config.evaluation else 0))
+    student = local_or_id(config.student) if config.student else _new_model(config, session.folder)
+    objective = SftObjective()
+    with ExitStack() as stack:
+        trainer = stack.enter_context(_trainer(config, student, objective, hardware, session.folder))
+        pool = stack.enter_context(_pool(config, student, hardware, session.folder)) if config.evaluation else None
+        start_all(trainer=trainer.start, **({"rollout": pool.start} if pool else {}))
+        stream = PromptStream(config.data, student, config.seed, config.max_prompt_tokens, config.max_response_tokens, supervised=True)
+        source = DataSource(stream)
+        resume(session, trainer, source)
+        evaluator: Evaluates = NoEvaluation()
+        if pool is not None:
+            evaluator = _evaluator(config, session, pool, trainer, student, before=_pusher(config, trainer, pool, student).push)
+        parts = Parts(source, NoScorers(), objective, trainer, NoPush(), session.ledger, evaluator, _metrics(config, session, stack))
+        finish(config, session, parts, trainer, max_age=0)
+        for line in stream.report().lines():
+            log.info(line)
+
+
+def run_evaluate(config: EvaluateConfig, session: Session) -> None:
+    """Evaluates each checkpoint in turn; one already on record is not repeated."""
+    hardware = Hardware.choose(config, "auto", config.rollout.workers * config.rollout.tensor_parallel)
+    for label, folder in config.models.items():
+        model = local_or_id(folder)
+        with _pool(config, model, hardware, session.folder) as pool:
+            pool.start()
+            evaluator = _evaluator(config, session, pool, None, model, before=None, label=label)
+            evaluator.run(0)
+    session.ledger.finish(0)
+
+
+# -- the pieces they share
+
+
+class DataSource:
+    """Supervised rows as the loop's source; nothing in them ages."""
+
+    def __init__(self, stream: PromptStream):
+        self._stream = stream
+
+    def take(self, batch: int, max_age: int) -> Batch:
+        return self._stream.take(batch)
+
+    def state(self) -> dict[str, Any]:
+        return self._stream.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._stream.restore(state)
+
+
+class NoScorers:
+    """Supervised runs have nothing to score."""
+
+    def annotate(self, batch: Batch, queries: Any = None) -> Batch:
+        return batch
+
+
+class NoPush:
+    """Supervised runs generate nothing, so no engine waits for weights."""
+
+    def push(self, version: int) -> dict[str, Any]:
+        return {}
+
+
+class Pushes:
+    """The pusher as the loop sees it: what a step's record keeps of a push."""
+
+    def __init__(self, pusher: Pusher):
+        self._pusher = pusher
+
+    def push(self, version: int) -> dict[str, Any]:
+        result = self._pusher.push(version)
+        return {"parity_gap": result.parity_gap, "fingerprint": result.fingerprint}
+
+
+def start_all(**starts: Callable[[], Any]) -> None:
+    """Starts rooms side by side (imports dominate) and raises the first failure."""
+    with ThreadPoolExecutor(len(starts)) as threads:
+        log.info("starting %s", ", ".join(starts))
+        for future in [threads.submit(start) for start in starts.values()]:
+            future.result()
+
+
+def resume(session: Session, trainer: TrainerGroup, source: Any) -> None:
+    """Back to the newest resume point, if there is one."""
+    point = session.ledger.resume_point
+    if point is None:
+        return
+    trainer.load(str(point / "trainer"))
+    source.restore(session.ledger.cursor() or {})
+    log.info("resumed at step %d from %s", session.ledger.step, point)
+
+
+def finish(config: GopdConfig | SftConfig, session: Session, parts: Parts, trainer: TrainerGroup, max_age: int) -> None:
+    """The loop, then the export and the mark that the run is done."""
+    end = train(parts, steps=config.steps, batch=config.batch, max_age=max_age, checkpoint_every=config.checkpoint_every)
+    trainer.export(str(session.folder / "export"))
+    session.ledger.finish(end)
+    log.info("weights: %s", session.folder / "export")
+
+
+def _pool(config: GopdConfig | SftConfig | EvaluateConfig, model: str, hardware: Hardware, folder: Path) -> RolloutPool:
+    spec = RolloutSpec(
+        model=model,
+        device=hardware.device,
+        dtype=hardware.dtype,
+        max_model_len=config.max_prompt_tokens + config.max_response_tokens,
+        log_dir=str(folder),
+        config=config.rollout,
+    )
+    return RolloutPool(config.rollout, spec, config.deadlines)
+
+
+def _trainer(config: GopdConfig | SftConfig, student: str, objective: Objective, hardware: Hardware, folder: Path) -> TrainerGroup:
+    return TrainerGroup(
+        config.trainer,
+        model=student,
+        objective=objective,
+        learning_rate=config.learning_rate,
+        steps=config.steps,
+        seed=config.seed,
+        temperature=config.rollout.temperature if isinstance(config, GopdConfig) else 1.0,
+        device=hardware.device,
+        dtype=hardware.dtype,
+        deadlines=config.deadlines,
+        log_dir=str(folder),
+    )
+
+
+def _pusher(config: GopdConfig | SftConfig, trainer: TrainerGroup, pool: RolloutPool, student: str) -> Pusher:
+    return Pusher(trainer, pool.workers, config.weights, config.deadlines)
+
+
+def _metrics(config: GopdConfig | SftConfig, session: Session, stack: ExitStack) -> Any:
+    writer = stack.enter_context(MetricsWriter(session.folder, session.job, session.folder.name))
+    progress = Progress(config.steps)
+
+    class Both:
+        def write(self, record: dict[str, Any]) -> None:
+            writer.write(record)
+            progress.show(record)
+
+    return Both()
+
+
+def _evaluator(
+    config: GopdConfig | SftConfig | EvaluateConfig,
+    session: Session,
+    pool: RolloutPool,
+    trainer: TrainerGroup | None,
+    tokenizer: str,
+    before: Callable[[int], Any] | None,
+    label: str | None = None,
+) -> Any:
+    part = config.evaluation
+    if part is None:
+        return NoEvaluation()
+    prompts = held_out(part, tokenizer, config)
+    sampling = Sampling(temperature=part.temperature, top_p=1.0, max_tokens=config.max_response_tokens, seed=config.seed, greedy=part.samples == 1)
+    decoder = Decoder(tokenizer)
+    return Evaluator(
+        generate=lambda rows: pool.generate(rows, sampling),
+        prompts=prompts,
+        decode=decoder.texts,
+        score=score,
+        folder=session.folder,
+        steps=getattr(config, "steps", 0),
+        every=getattr(config, "evaluate_every", None),
+        samples=part.samples,
+        stop_at=getattr(config, "stop_at", None),
+        export=None if trainer is None else trainer.export,
+        before=before,
+        label=label,
+        facts={"split": part.data.source.split if part.data.source else part.data.path, "model": tokenizer},
+    )
+
+
+def held_out(part: EvaluationPart, tokenizer: str, config: Any) -> Batch:
+    """The evaluation's prompts, each repeated `samples` times."""
+    stream = PromptStream(part.data, tokenizer, config.seed, config.max_prompt_tokens, config.max_response_tokens)
+    domains = len(part.data.source.domains) if part.data.source else 1
+    return repeat(stream.take(part.rows * domains), part.samples)
+
+
+def _new_model(config: SftConfig, folder: Path) -> str:
+    import ray
+
+    start = folder / "start"
+
+    def make() -> None:  # in a task, so that the driver never imports torch
+        from raysys.models.scratch import new_causal
+
+        new_causal(config.new_model, start, config.seed)
+
+    if not (start / "config.json").is_file():
+        get(ray.remote(num_cpus=1)(make).remote(), timeout=config.deadlines.start, actor="model maker", operation="new_model", knob="deadlines.start")
+    return str(start)

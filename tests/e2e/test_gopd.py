@@ -1,0 +1,159 @@
+"""The main job with real vLLM, DeepSpeed and Ray: it learns, routes, survives kill -9, and what it exports loads elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from raysys.head import Head
+
+ROOT = Path(__file__).resolve().parents[2]
+ADD = {"task": "chain_sum", "params": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, "style": "scratchpad"}
+REV = {"task": "spell_backward", "params": {"min_word_len": 3, "max_word_len": 6}, "style": "scratchpad"}
+SMALL = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 32, "ffn_size": 192, "context": 64}
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+
+
+class Workplace:
+    """A folder of runs and the Ray head that they share."""
+
+    def __init__(self, folder: Path, head: Head):
+        self.folder = folder
+        self.env = head.env | {"RAYSYS_RUNS_DIR": str(folder), "PYTHONPATH": str(ROOT)}
+
+    def start(self, job: str, name: str, config: dict[str, Any], *overrides: str) -> subprocess.Popen[bytes]:
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--config", str(path), f"name={name}", *overrides]
+        log = open(self.folder / f"{name}.log", "ab")  # noqa: SIM115  the child keeps it
+        return subprocess.Popen(command, env=self.env, stdout=log, stderr=log, cwd=self.folder)
+
+    def run(self, job: str, name: str, config: dict[str, Any], *overrides: str) -> Path:
+        code = self.start(job, name, config, *overrides).wait(timeout=360)
+        assert code == 0, f"{job} {name} ended with {code}:\n{(self.folder / f'{name}.log').read_text()[-3000:]}"
+        return self.folder / name
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines if line.endswith("}")]
+
+
+@pytest.fixture(scope="module")
+def place(ray_head: Head, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("runs"), ray_head)
+
+
+def sft(tied: bool, domains: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "new_model": SMALL | {"tied": tied},
+        "data": {"source": {"domains": domains}},
+        "batch": 128,
+        "max_prompt_tokens": 16,
+        "max_response_tokens": 14,
+        "learning_rate": 4e-3,
+        "trainer": {"betas": [0.9, 0.95], "zero_stage": 0, "warmup_steps": 5},
+    } | more
+
+
+def gopd(student: Path, teachers: dict[str, Path], domains: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "student": str(student / "export"),
+        "teachers": {tag: str(folder / "export") for tag, folder in teachers.items()},
+        "data": {"source": {"domains": domains}},
+        "batch": 128,
+        "max_prompt_tokens": 16,
+        "max_response_tokens": 14,
+        "learning_rate": 1e-3,
+        "trainer": {"betas": [0.9, 0.95], "zero_stage": 1, "warmup_steps": 5},
+    } | more
+
+
+@pytest.fixture(scope="module")
+def base(place: Workplace) -> Path:
+    """An untied student that knows a little of words."""
+    return place.run("sft", "base", sft(False, {"rev": REV}, steps=60))
+
+
+@pytest.fixture(scope="module")
+def teacher(place: Workplace, base: Path) -> Path:
+    return place.run("sft", "teacher", sft(False, {"rev": REV}, steps=150, student=str(base / "export"), seed=1))
+
+
+@pytest.fixture(scope="module")
+def tied(place: Workplace) -> Path:
+    """A model with tied embeddings, hardly trained: enough to be a student and two teachers of the routing test."""
+    return place.run("sft", "tied", sft(True, {"add": ADD, "rev": REV}, steps=5))
+
+
+def test_the_student_moves_towards_its_teacher(place: Workplace, base: Path, teacher: Path) -> None:
+    held_out = {"rows": 32, "data": {"source": {"split": "choose", "domains": {"rev": REV}}}}
+    run = place.run("gopd", "learn", gopd(base, {"rev": teacher}, {"rev": REV}, steps=40, evaluation=held_out))
+    steps = place.metrics("learn")
+    assert len(steps) == 40
+    first, last = (sum(step["reverse_kl"] for step in part) / 5 for part in (steps[:5], steps[-5:]))
+    assert last < 0.8 * first, f"reverse KL per token went from {first:.3f} to {last:.3f}"
+    assert max(step["parity_gap"] for step in steps) < 1e-4
+    assert all(step["age_max"] == 0 and step["version"] == step["step"] + 1 for step in steps)
+    assert len({step["fingerprint"] for step in steps}) == 40
+    labels = [json.loads(line)["label"] for line in (run / "evaluation.jsonl").read_text().splitlines()]
+    assert labels == ["before", "after"]
+    report = (run / "report.html").read_text()
+    assert "learn" in report and "reverse_kl" in report and "<script src=" not in report
+
+
+def test_kill_nine_between_and_inside_steps_changes_nothing(place: Workplace, tied: Path) -> None:
+    """Two teachers, tied embeddings, ExOPD: killed twice and resumed, metrics and weights equal an undisturbed run's bit for bit."""
+    other = place.run("sft", "other", sft(True, {"rev": REV}, steps=5, student=str(tied / "export"), seed=3))
+    config = gopd(tied, {"add": tied, "rev": other}, {"add": ADD, "rev": REV}, reward_scale=1.25, reference=str(tied / "export"))
+    config |= {"steps": 7, "checkpoint_every": 2, "batch": 32}
+    calm = place.run("gopd", "calm", config)
+    for lines, delay in ((3, 0.0), (5, 0.15)):
+        driver = place.start("gopd", "killed", config)
+        _await(lambda lines=lines: len(place.metrics("killed")) >= lines or driver.poll() is not None)
+        time.sleep(delay)
+        assert driver.poll() is None, "the run ended before it could be killed"
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+    killed = place.run("gopd", "killed", config)
+    assert place.metrics("killed") == place.metrics("calm") and len(place.metrics("calm")) == 7
+    for file in sorted((calm / "export").glob("*.safetensors")):
+        assert file.read_bytes() == (killed / "export" / file.name).read_bytes()
+    assert "resumed at step" in (place.folder / "killed.log").read_text()
+    assert max(step["parity_gap"] for step in place.metrics("calm")) < 1e-4
+
+
+def test_the_routed_teacher_is_the_one_that_scored(place: Workplace, tied: Path) -> None:
+    """The first step's KL to a teacher that is the student itself is 0; the other domain's is not."""
+    steps = place.metrics("calm")
+    assert abs(steps[0]["reverse_kl/add"]) < 1e-5 < steps[0]["reverse_kl/rev"]
+
+
+def test_a_finished_run_prints_its_report_and_leaves(place: Workplace, tied: Path) -> None:
+    began = time.monotonic()
+    driver = place.start("sft", "tied", sft(True, {"add": ADD, "rev": REV}, steps=5))
+    assert driver.wait(timeout=60) == 0 and time.monotonic() - began < 30
+    assert "finished already; report:" in (place.folder / "tied.log").read_text()
+
+
+def test_another_identity_in_the_same_folder_is_refused(place: Workplace, tied: Path) -> None:
+    driver = place.start("sft", "tied", sft(True, {"add": ADD, "rev": REV}, steps=5, learning_rate=1e-5))
+    assert driver.wait(timeout=60) == 2
+    assert "learning_rate: 0.004 -> 1e-05" in (place.folder / "tied.log").read_text()
+
+
+def _await(ready: Any, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.02)

@@ -1,0 +1,61 @@
+"""Blockwise log-probs on a CUDA device at a real vocabulary. Needs torch alone: no Ray, no engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from raysys.methods.logprobs import token_logprobs
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")]
+
+N, D, V = 700, 256, 151_936
+
+
+def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, D, generator=generator).to("cuda", dtype).requires_grad_()
+    unembedding = (torch.randn(V, D, generator=generator) / D**0.5).to("cuda", dtype).requires_grad_()
+    return hidden, unembedding, torch.randint(0, V, (N, 2), generator=generator).cuda()
+
+
+# Relative error of a gradient: one rounding to the dtype of it and of dz, and bfloat16 products summed over V or N.
+@pytest.mark.parametrize(("dtype", "gap", "relative"), [(torch.float32, 2e-5, 2e-5), (torch.bfloat16, 2e-4, 1e-2)])
+def test_equals_float64_on_the_same_inputs(dtype, gap, relative):
+    hidden, unembedding, ids = inputs(dtype)
+    weights = torch.randn(N, 2, generator=torch.Generator().manual_seed(1)).cuda()
+    got, entropy = token_logprobs(hidden, unembedding, ids, 0.9, 256, entropy=True)
+    grads = torch.autograd.grad(got, (hidden, unembedding), weights)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, unembedding)]
+    table = torch.log_softmax(wide[0] @ wide[1].T / 0.9, -1)
+    want = table.gather(1, ids)
+    want_grads = torch.autograd.grad(want, wide, weights.double())
+    assert got.dtype == torch.float32
+    assert (got - want).abs().max() < gap
+    assert (entropy + (table.detach().exp() * table.detach()).sum(-1)).abs().max() < 5 * gap
+    for mine, theirs in zip(grads, want_grads, strict=True):
+        assert mine.dtype == dtype
+        assert (mine.double() - theirs).norm() < relative * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_is_an_eighth_of_the_plain_form(dtype):
+    hidden, unembedding, ids = inputs(dtype)
+
+    def peak(call) -> int:
+        hidden.grad = unembedding.grad = None
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call().sum().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    blockwise = peak(lambda: token_logprobs(hidden, unembedding, ids, chunk_tokens=256))
+    plain = peak(lambda: torch.log_softmax((hidden @ unembedding.T).float(), -1).gather(1, ids))
+    assert blockwise < plain / 8, (blockwise, plain)
+
+
+def test_chunks_do_not_matter():
+    hidden, unembedding, ids = inputs(torch.float32)
+    whole, parts = (token_logprobs(hidden, unembedding, ids, chunk_tokens=chunk) for chunk in (1024, 100))
+    torch.testing.assert_close(whole, parts, rtol=0, atol=2e-5)

@@ -1,0 +1,35 @@
+"""Metrics keep every bit; the progress line says what a person wants to know."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+from raysys.report.metrics import MetricsWriter
+from raysys.report.progress import Progress, duration, line
+
+RECORD = {"step": 11, "version": 12, "loss": 0.1 + 0.2, "reverse_kl": 1.32, "fingerprint": "ab", "seconds": {"generate": 0.41, "train": 0.3, "total": 0.92}}
+
+
+def test_floats_survive_and_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, "gopd", "one") as writer:
+        writer.write(RECORD | {"gap": math.nan})
+        writer.write(RECORD | {"step": 12})
+    first, second = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert first == RECORD | {"gap": None} and second["step"] == 12 and first["loss"] == 0.1 + 0.2
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_the_line_has_step_kl_phases_and_eta() -> None:
+    assert line(RECORD, 100, 80) == "step 12/100  kl 1.320  0.92 s (gen 0.41 train 0.30)  eta 1m20s"
+    assert [duration(seconds) for seconds in (4.4, 61, 7500)] == ["4s", "1m01s", "2h05m"]
+
+
+def test_a_log_gets_the_first_and_last_step_and_few_between() -> None:
+    stream = io.StringIO()
+    progress = Progress(50, stream, pause=60)
+    for step in range(50):
+        progress.show({"step": step})
+    assert [text.split()[1] for text in stream.getvalue().splitlines()] == ["1/50", "50/50"]

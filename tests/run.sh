@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs what is missing, checks style and types, runs the tests; arguments go to pytest (default: everything that needs no GPU).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash cluster/install.sh --dev --quiet
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+bin=${RAYSYS_VENV:-.venv}/bin
+"$bin/ruff" check raysys jobs tests
+PYRIGHT_PYTHON_IGNORE_WARNINGS=1 "$bin/pyright"
+exec "$bin/python" -m pytest -q "$@"
