@@ -1,0 +1,186 @@
+"""A run's folder as one page that needs no server and no network: tables, curves, samples, and how to run it again."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from raysys.report import charts
+
+_SECRET = re.compile(r"(^|_)(secret|password|passwd|credential|credentials|api_key|access_key|auth_token|token)$", re.IGNORECASE)
+_USERINFO = re.compile(r"(\w+://)[^/@\s]+@")
+_SAMPLES = 5
+
+
+def render_report(run_dir: str | Path) -> Path:
+    """Writes `report.html` from what lies in `run_dir`; whatever is missing is left out.
+
+    Text of models and configs is escaped; values under keys that name a secret are masked.
+
+    Returns:
+        The page's path.
+    """
+    folder = Path(run_dir)
+    about = _json(folder / "about.json") or {}
+    stages = _json(folder / "stages.json")
+    page = _pipeline(folder, stages) if isinstance(stages, list) else _run(folder)
+    config = _masked(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))) if (folder / "config.yaml").is_file() else None
+    text = _template().render(
+        name=folder.name,
+        about=about,
+        command=_USERINFO.sub(r"\1***@", str(about.get("command", ""))),
+        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
+        css=Markup((Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")),
+        plotly=Markup(charts.script()),
+        **page,
+    )
+    path = folder / "report.html"
+    draft = path.with_name(".report.html.draft")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    records, evaluations = _lines(folder / "metrics.jsonl"), _lines(folder / "evaluation.jsonl")
+    ends = _ends(evaluations)
+    return {
+        "summary": _summary(records, ends),
+        "facts": _facts(records),
+        "domains": sorted({name for one in ends for name in one["domains"]}),
+        "table": [{"label": one["label"], "domains": one["domains"]} for one in ends],
+        "split": ends[0].get("split") if ends else None,
+        "accuracy": Markup(charts.accuracy([(one["label"], one["domains"]) for one in ends])) if ends else "",
+        "accuracy_by_step": Markup(charts.accuracy_by_step(evaluations)),
+        "curves": [(title, Markup(html)) for title, html in charts.curves(records)],
+        "seconds": Markup(charts.seconds(records)),
+        "samples": _paired_samples(_lines(folder / "samples.jsonl")),
+        "stages": [],
+    }
+
+
+def _pipeline(folder: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    compared = _json(folder / "comparison.json") or {}
+    rows = compared.get("rows", [])
+    shown, runs, samples = [], {}, []
+    for stage in stages:
+        run = Path(stage["run_dir"])
+        run = run if run.is_absolute() else folder / run
+        shown.append(dict(stage) | {"link": f"../{run.name}/report.html" if (run / "report.html").is_file() else ""})
+        if stage["job"] not in ("sft", "evaluate") and (records := _lines(run / "metrics.jsonl")) and stage["status"] != "same":
+            runs[stage["name"]] = records
+            samples = _paired_samples(_lines(run / "samples.jsonl"))
+    return {
+        "summary": _comparison_summary(rows, compared.get("columns", [])),
+        "facts": [("stages", str(len(stages))), ("time in stages", f"{sum(stage['seconds'] for stage in stages):.0f} s")],
+        "domains": compared.get("columns", []),
+        "table": rows,
+        "split": compared.get("split"),
+        "accuracy": Markup(charts.accuracy([(row["label"], row["domains"]) for row in rows])) if rows else "",
+        "accuracy_by_step": "",
+        "curves": [(title, Markup(html)) for title, html in charts.overlay(runs)] if runs else [],
+        "seconds": Markup(charts.seconds(list(runs.values())[-1])) if runs else "",
+        "samples": samples,
+        "stages": shown,
+    }
+
+
+def _ends(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The evaluations that the table shows: of a run its first and last, of a list of models all."""
+    if len({one["step"] for one in evaluations}) <= 1:
+        return list(evaluations)
+    return [evaluations[0], evaluations[-1]]
+
+
+def _summary(records: Sequence[Mapping[str, Any]], ends: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    if len(ends) == 2:
+        for name in sorted(ends[0]["domains"]):
+            before, after = (one["domains"].get(name, {}).get("mean", float("nan")) for one in ends)
+            parts.append(f"{name} accuracy {before:.1%} to {after:.1%}")
+    if records and isinstance(records[0].get("reverse_kl"), float):
+        parts.append(f"reverse KL {records[0]['reverse_kl']:.2f} to {records[-1]['reverse_kl']:.2f} nats a token")
+    elif records and isinstance(records[0].get("nll"), float):
+        parts.append(f"NLL {records[0]['nll']:.2f} to {records[-1]['nll']:.2f} nats a token")
+    return ", ".join(parts) + f", in {len(records)} steps." if parts else f"{len(records)} steps."
+
+
+def _comparison_summary(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    if not rows or not columns:
+        return "No stage has been evaluated yet."
+    best = max(rows, key=lambda row: sum(row["domains"].get(name, {}).get("mean", 0) for name in columns))
+    means = ", ".join(f"{name} {best['domains'][name]['mean']:.1%}" for name in columns if name in best["domains"])
+    return f"Best over all domains: {best['label']} ({means})."
+
+
+def _facts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    totals = sorted(record["seconds"]["total"] for record in records if (record.get("seconds") or {}).get("total"))
+    facts = [("steps", str(len(records)))]
+    if totals:
+        facts += [("median step", f"{totals[len(totals) // 2]:.2f} s"), ("all steps", f"{sum(totals):.0f} s")]
+    gaps = [record["parity_gap"] for record in records if isinstance(record.get("parity_gap"), float)]
+    if gaps:
+        facts.append(("largest parity gap", f"{max(gaps):.1e}"))
+    if records and records[-1].get("fingerprint"):
+        facts.append(("final weights", str(records[-1]["fingerprint"])[:12]))
+    return facts
+
+
+def _paired_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The first evaluation's examples beside the last one's, by prompt; a list of models shows each one's."""
+    if not samples:
+        return []
+    labels = list(dict.fromkeys(sample["label"] for sample in samples))
+    chosen = labels if len({sample["step"] for sample in samples}) == 1 else [labels[0], labels[-1]]
+    prompts = list(dict.fromkeys((sample["domain"], sample["prompt"]) for sample in samples if sample["label"] == chosen[0]))[:_SAMPLES]
+    found = {(sample["label"], sample["domain"], sample["prompt"]): sample for sample in samples}
+    return [
+        {
+            "domain": domain,
+            "prompt": prompt,
+            "answer": found[chosen[0], domain, prompt]["answer"],
+            "responses": [found[label, domain, prompt] for label in dict.fromkeys(chosen) if (label, domain, prompt) in found],
+        }
+        for domain, prompt in prompts
+    ]
+
+
+def _masked(value: Any, key: str = "") -> Any:
+    if isinstance(value, Mapping):
+        return {name: _masked(entry, str(name)) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_masked(entry, key) for entry in value]
+    if isinstance(value, str):
+        return "***" if _SECRET.search(key) and value else _USERINFO.sub(r"\1***@", value)
+    return value
+
+
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(loader=PackageLoader("raysys.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True).get_template("report.html.j2")
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:  # a killed run may leave half a line
+            continue
+    return found

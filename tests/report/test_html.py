@@ -1,0 +1,79 @@
+"""The report: complete where the run was, tolerant where it was not, and deaf to what a model writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from raysys.report.html import render_report
+
+EVIL = "<script>alert('x')</script></pre>{{ 7 * 7 }}"
+
+
+def domains(add: float, rev: float) -> dict:
+    return {name: {"n": 256, "mean": mean, "low": mean - 0.05, "high": mean + 0.05} for name, mean in (("add", add), ("rev", rev))}
+
+
+def run_folder(folder: Path, steps: int = 30) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "job": "gopd", "title": "gopd", "command": "python jobs/gopd.py reward_scale=1.25", "versions": {"ray": "2.60.0"},
+        "seeds": {"seed": 0}, "code_revision": "abc123", "machine": {"cores": 2}, "finished": "2026-01-01T00:00:00Z",
+    }  # fmt: skip
+    (folder / "about.json").write_text(json.dumps(about))
+    (folder / "config.yaml").write_text("name: one\nmax_prompt_tokens: 16\nhub: {auth_token: hf_abcdef, path: 's3://user:pass@bucket/x'}\n")
+    with open(folder / "metrics.jsonl", "w") as file:
+        for step in range(steps):
+            seconds = {"generate": 0.5, "score": 0.1, "train": 0.3, "push": 0.05, "other": 0.01, "total": 0.96}
+            kl = 1.5 * 0.97**step
+            record = {
+                "step": step, "version": step + 1, "loss": kl, "reward": 0.2 + step / 60, "reward/add": 0.1 + step / 50, "reverse_kl": kl,
+                "reverse_kl/add": kl * 1.2, "response_tokens": 6 + step / 30, "entropy": 0.9 - step / 60, "age_max": 0.0,
+                "parity_gap": 1e-6 * (1 + step % 3), "fingerprint": "f" * 20, "seconds": seconds,
+            }  # fmt: skip
+            file.write(json.dumps(record) + "\n")
+        file.write('{"step": 30, "torn')
+    with open(folder / "evaluation.jsonl", "w") as file, open(folder / "samples.jsonl", "w") as samples:
+        for step, label in ((0, "before"), (15, "step 15"), (30, "after")):
+            file.write(json.dumps({"step": step, "label": label, "split": "choose", "domains": domains(0.26 + step / 100, 0.25 + step / 60)}) + "\n")
+            for number in range(6):
+                row = {"step": step, "label": label, "domain": "rev", "prompt": f"word{number}<", "response": EVIL, "answer": "drow", "score": float(step > 0)}
+                samples.write(json.dumps(row) + "\n")
+    return folder
+
+
+def test_a_run_shows_all_of_it(tmp_path: Path) -> None:
+    page = render_report(run_folder(tmp_path / "one")).read_text()
+    for text in ("add accuracy 26.0% to 56.0%", "Reverse KL to the teacher", "Where a step", "word4&lt;", "reward_scale=1.25", "abc123", "2.60.0"):
+        assert text in page
+    assert "word5" not in page.partition("<h2>Samples")[2], "five samples"
+    body = page.partition("<body>")[2]
+    assert 'src="' not in body and 'href="http' not in page.partition("<script>")[0] + body
+
+
+def test_what_a_model_writes_stays_text(tmp_path: Path) -> None:
+    page = render_report(run_folder(tmp_path / "one")).read_text()
+    assert EVIL not in page and "&lt;script&gt;alert" in page and "{{ 7 * 7 }}" in page and "49</pre>" not in page
+
+
+def test_secrets_are_masked_and_limits_are_not(tmp_path: Path) -> None:
+    page = render_report(run_folder(tmp_path / "one")).read_text()
+    assert "hf_abcdef" not in page and "user:pass" not in page and "max_prompt_tokens: 16" in page
+
+
+def test_a_run_that_died_at_once_still_has_a_page(tmp_path: Path) -> None:
+    assert "0 steps." in render_report(tmp_path).read_text()
+
+
+def test_a_pipeline_compares_and_links(tmp_path: Path) -> None:
+    run_folder(tmp_path / "opd-1")
+    render_report(tmp_path / "opd-1")
+    whole = tmp_path / "quickstart"
+    whole.mkdir()
+    (whole / "about.json").write_text(json.dumps({"job": "pipeline", "title": "One student, two teachers"}))
+    stage = {"name": "opd", "job": "gopd", "run_dir": str(tmp_path / "opd-1"), "seconds": 93.4, "status": "done", "note": ""}
+    (whole / "stages.json").write_text(json.dumps([stage]))
+    rows = [{"label": "student", "domains": domains(0.26, 0.25)}, {"label": "OPD", "domains": domains(0.6, 0.8)}]
+    (whole / "comparison.json").write_text(json.dumps({"split": "report", "columns": ["add", "rev"], "rows": rows}))
+    page = render_report(whole).read_text()
+    assert "Best over all domains: OPD (add 60.0%, rev 80.0%)" in page and 'href="../opd-1/report.html"' in page
