@@ -5,8 +5,8 @@ python jobs/evaluate.py models.student=runs/quickstart/base/export
 
 import sys
 
-from raysys import job, wiring
+from raysys import job
 from raysys.config.runs import EvaluateConfig
 
 if __name__ == "__main__":
-    sys.exit(job.main("evaluate", EvaluateConfig, wiring.check_evaluate, wiring.run_evaluate))
+    sys.exit(job.main("evaluate", EvaluateConfig))

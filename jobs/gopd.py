@@ -5,8 +5,8 @@ python jobs/gopd.py --config jobs/configs/gopd/local.yaml reward_scale=1.25
 
 import sys
 
-from raysys import job, wiring
+from raysys import job
 from raysys.config.runs import GopdConfig
 
 if __name__ == "__main__":
-    sys.exit(job.main("gopd", GopdConfig, wiring.check_gopd, wiring.run_gopd))
+    sys.exit(job.main("gopd", GopdConfig))

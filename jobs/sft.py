@@ -5,8 +5,8 @@ python jobs/sft.py --config jobs/configs/sft/local.yaml steps=100
 
 import sys
 
-from raysys import job, wiring
+from raysys import job
 from raysys.config.runs import SftConfig
 
 if __name__ == "__main__":
-    sys.exit(job.main("sft", SftConfig, wiring.check_sft, wiring.run_sft))
+    sys.exit(job.main("sft", SftConfig))

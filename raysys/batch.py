@@ -102,6 +102,13 @@ class Batch:
     def take(self, rows: Sequence[int] | np.ndarray) -> Batch:
         return Batch(self.table.take(pa.array(np.asarray(rows, dtype=np.int64))))
 
+    def repeat(self, times: int) -> Batch:
+        """Each row `times` times, side by side, with `sample` 0 .. times - 1."""
+        if times < 1:
+            raise ValueError(f"times must be at least 1, got {times}")
+        rows = np.repeat(np.arange(len(self)), times)
+        return self.take(rows).with_columns(sample=np.tile(np.arange(times, dtype=np.int32), len(self)))
+
     def slice(self, start: int, length: int) -> Batch:
         return Batch(self.table.slice(start, length))
 

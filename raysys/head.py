@@ -240,6 +240,15 @@ def _head_environment(token: Path) -> dict[str, str]:
     }
 
 
+def remove_traces(home: Path) -> None:
+    """Stops the head of `home` and removes its temporary folders, logs included."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        Head(**json.loads((home / "head.json").read_text())).stop()
+    prefix = Path(_temp_prefix(home))
+    for folder in prefix.parent.glob(prefix.name + "*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _temp_prefix(home: Path) -> str:
     """Short, because the path of a Unix socket may have 107 bytes at most."""
     return f"/tmp/raysys-{os.getuid()}-{hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:6]}-"

@@ -1,13 +1,12 @@
 """The frame of every job: read the config, check it, find the run folder, join Ray, work, leave cleanly.
 
-A job script is `sys.exit(job.main("gopd", GopdConfig, check, work))`; what it does lies in `check` and `work`.
+A job script is `sys.exit(job.main("gopd", GopdConfig))`; what it does lies in `raysys.wiring`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -42,16 +41,11 @@ class Session:
     ledger: Ledger
 
 
-def main(
-    job: str,
-    kind: type[Kind],
-    check: Callable[[Kind], None],
-    work: Callable[[Kind, Session], None],
-    argv: Sequence[str] | None = None,
-) -> int:
+def main(job: str, kind: type[Kind], argv: Sequence[str] | None = None) -> int:
     """Runs a job from its command line; returns the exit code (0 done, 1 failed, 2 the input was wrong).
 
-    `--check` validates the config and the data it names, and starts nothing.
+    `--check` validates the config and the data it names, and starts nothing. What the job does is
+    `raysys.wiring.check_<job>` and `run_<job>`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("ray").setLevel(logging.WARNING)
@@ -60,11 +54,14 @@ def main(
     arguments = _parser(job).parse_args(argv)
     try:
         config = kind.load(arguments.config or default_config(job), arguments.overrides)
-        check(config)
+        find_ray()  # before Ray is imported, which reads the token's whereabouts once
+        from raysys import wiring
+
+        getattr(wiring, f"check_{job}")(config)
         if arguments.check:
             print(f"{job}: configuration is fine")
             return 0
-        return _run(job, config, work)
+        return _run(job, config, getattr(wiring, f"run_{job}"))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -207,36 +204,40 @@ def _stamp(seconds: float) -> str:
 # -- Ray
 
 
+def find_ray() -> None:
+    """Says by environment which Ray to join: the one RAY_ADDRESS names, else the head of this checkout if it runs, else none. Always with a token."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        return
+    from raysys import head
+    from raysys.submit import ensure_token, home_folder
+
+    mine = head.running(home_folder())  # never address="auto": it finds whatever cluster this machine last saw
+    if mine is not None:
+        os.environ.update(mine.environment({}))
+    else:
+        ensure_token()
+
+
 def connect() -> None:
-    """Joins the Ray that is there, else starts one for this process, always with token authentication.
+    """Joins the Ray that `find_ray` found, else starts one for this process.
 
     Raises:
-        ConfigError: `RAY_ADDRESS` names a cluster that refuses or does not answer.
+        ConfigError: the cluster refuses or does not answer.
     """
     import ray
 
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     address = os.environ.get("RAY_ADDRESS", "")
-    if address:
-        try:
-            ray.init(address="auto" if address.startswith("http") else address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConfigError(f"cannot join Ray at RAY_ADDRESS={address}: {first}", "check the address and the token (RAY_AUTH_TOKEN_PATH)") from None
-        return
-    from raysys.submit import ensure_token
-
-    ensure_token()
-    try:
-        ray.init(address="auto", **quiet)
-    except (ConnectionError, RuntimeError):
+    if not address:
         # CPUs are bookkeeping here: a laptop's actors take turns, so a small machine may hold all of them.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         ray.init(address="local", num_cpus=max(8, os.cpu_count() or 1), include_dashboard=False, **quiet)
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"cannot join Ray at RAY_ADDRESS={address}: {first}", "check the address and the token (RAY_AUTH_TOKEN_PATH)") from None
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

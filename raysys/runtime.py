@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from raysys.errors import DeadlineError, InfrastructureError, PlacementError, RaysysError
@@ -35,11 +36,26 @@ def get(refs: Any, *, timeout: float, actor: str, operation: str, knob: str) -> 
         raise InfrastructureError(f"{actor} died during '{operation}': {_first_line(error)}") from error
 
 
+def gather(refs: Sequence[Any], *, timeout: float, actor: str, operation: str, knob: str) -> list[Any]:
+    """As `get` for calls to several actors, but the first that fails is reported at once, while others may hang."""
+    deadline = time.monotonic() + timeout
+    waiting, found = list(refs), {}
+    while waiting:
+        left = max(0.0, deadline - time.monotonic())
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=left, fetch_local=False)
+        if not done:
+            places = [str(list(refs).index(ref)) for ref in waiting]
+            raise DeadlineError(f"{actor} {', '.join(places)} of {len(refs)}", operation, timeout, knob)
+        found[done[0]] = get(done[0], timeout=max(1.0, deadline - time.monotonic()), actor=actor, operation=operation, knob=knob)
+    return [found[ref] for ref in refs]
+
+
 def first_cause(error: BaseException, actor: str, operation: str) -> RaysysError:
     """The error that started it: ours if an actor raised one of ours, else one line naming the actor."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, RaysysError):
+        # Ray's wrapper is a subclass of what it wraps: look inside it first.
+        if isinstance(cause, RaysysError) and not isinstance(cause, ray.exceptions.RayTaskError):
             return cause
         inner = getattr(cause, "cause", None) or cause.__cause__
         if inner is None or inner is cause:

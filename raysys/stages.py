@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,9 +128,14 @@ def _publish(plan: Plan, records: list[dict[str, Any]], facts: dict[str, Any]) -
     write_json(plan.run_dir / "about.json", facts)
     shown = [{key: value for key, value in record.items() if key != "code"} for record in records]
     write_atomically(plan.run_dir / "stages.json", _json(shown))
-    compared = pipeline.comparison(plan.stages[: len(records)])
+    reached = plan.stages[: len(records)]
+    compared = pipeline.comparison(reached)
     if compared is not None:
         write_json(plan.run_dir / "comparison.json", compared)
+    for stage in reached:
+        samples = stage.run_dir / "samples.jsonl"
+        if stage.job == "evaluate" and samples.is_file():
+            shutil.copyfile(samples, plan.run_dir / "samples.jsonl")
 
 
 def _close(plan: Plan, code: int, seconds: float) -> None:

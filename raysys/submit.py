@@ -171,6 +171,7 @@ def _local(request: Request, keep_head: bool) -> int:
             head = found or heads.start(home)
         print(f"Ray head {'found' if found else 'started'} in {time.monotonic() - began:.1f} s, dashboard {head.dashboard}", flush=True)
         try:
+            os.environ.pop("RAY_AUTH_TOKEN", None)  # a cluster's token, and it would win over the head's own
             os.environ.update(head.environment({}))
             for name in ("NO_PROXY", "no_proxy"):  # a proxy knows nothing of this machine's loopback
                 os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))

@@ -18,7 +18,7 @@ from raysys.config.parts import Data
 from raysys.config.runs import EvaluateConfig, EvaluationPart, GopdConfig, Run, SftConfig
 from raysys.data.preflight import check_vocabularies, preflight
 from raysys.data.stream import PromptStream
-from raysys.data.text import Decoder, repeat
+from raysys.data.text import Decoder
 from raysys.errors import ConfigError
 from raysys.evaluation.during import Evaluator, NoEvaluation
 from raysys.job import Session
@@ -34,6 +34,7 @@ from raysys.scoring.verifiers import score
 from raysys.training.group import TrainerGroup
 from raysys.training.objectives import GopdObjective, Objective, SftObjective
 from raysys.weights.push import Pusher
+from raysys.weights.receive import SharedMemoryReceiver
 
 log = logging.getLogger("raysys")
 
@@ -254,6 +255,7 @@ def _pool(config: GopdConfig | SftConfig | EvaluateConfig, model: str, hardware:
         max_model_len=config.max_prompt_tokens + config.max_response_tokens,
         log_dir=str(folder),
         config=config.rollout,
+        receiver=SharedMemoryReceiver,
     )
     return RolloutPool(config.rollout, spec, config.deadlines)
 
@@ -326,7 +328,7 @@ def held_out(part: EvaluationPart, tokenizer: str, config: Any) -> Batch:
     """The evaluation's prompts, each repeated `samples` times."""
     stream = PromptStream(part.data, tokenizer, config.seed, config.max_prompt_tokens, config.max_response_tokens)
     domains = len(part.data.source.domains) if part.data.source else 1
-    return repeat(stream.take(part.rows * domains), part.samples)
+    return stream.take(part.rows * domains).repeat(part.samples)
 
 
 def _new_model(config: SftConfig, folder: Path) -> str:

@@ -52,5 +52,4 @@ def ray_head() -> Iterator[heads.Head]:
     try:
         yield head
     finally:
-        head.stop()
-        shutil.rmtree(head.temp, ignore_errors=True)
+        heads.remove_traces(home)

@@ -171,7 +171,9 @@ def test_versions_are_compared_with_the_pins(tmp_path: Path) -> None:
     import numpy
 
     pins = tmp_path / "constraints.txt"
-    pins.write_text("".join(f"{name}==0.0.1\n" for name in doctor.KEY_PACKAGES if name != "numpy") + f"numpy=={numpy.__version__}\nvllm==0.0.1\n")
+    pins.write_text(
+        "".join(f"{name}==0.0.1\n" for name in doctor.KEY_PACKAGES if name != "numpy") + f"numpy=={numpy.__version__}\nvllm==0.0.1\n"
+    )
     by_name = {finding.what: finding for finding in doctor.pins(pins)}
     assert by_name["numpy"].state == "ok"
     assert by_name["ray"].state == "warn" and "tested with 0.0.1 -> bash cluster/install.sh" in by_name["ray"].line()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "raysys"
 
 ROOMS = {"data", "rollout", "scoring", "training", "weights"}
-LOW = {"methods", "models", "config", "batch", "runtime", "errors"}
+LOW = {"methods", "models", "config", "batch", "runtime", "errors", "tasks"}
 FREE = {"loop", "wiring", "studies", "compression", "cli", "plan", "doctor", "submit", "stages", "pipeline", "job", "jobs"}
 """Who may import what it likes: these wire rooms together, or stand outside of a run."""
 
@@ -25,11 +25,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batch": {"errors"},
     "runtime": {"errors"},
     "head": {"errors"},
+    "tasks": {"errors"},
     "models": {"config", "errors", "methods", "runtime", "batch"},
     "ledger": {"config", "errors", "batch", "runtime"},
     "evaluation": {"config", "batch", "errors", "runtime"},
     "report": {"config", "batch", "errors", "runtime"},
-    **{room: LOW for room in ROOMS},
+    **dict.fromkeys(ROOMS, LOW),
 }
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from raysys.batch import Batch
 from raysys.errors import ConfigError
 
 
@@ -62,11 +61,3 @@ class Decoder:
         tokenizer = load_tokenizer(self._folder)
         plain = [np.asarray(row).tolist() for row in rows]
         return tokenizer.batch_decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def repeat(prompts: Batch, samples: int) -> Batch:
-    """Each prompt `samples` times, side by side, with `sample` 0 .. samples - 1."""
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
-    rows = np.repeat(np.arange(len(prompts)), samples)
-    return prompts.take(rows).with_columns(sample=np.tile(np.arange(samples, dtype=np.int32), len(prompts)))

@@ -93,7 +93,7 @@ class ScorerGroup:
         )
 
     def annotate(self, batch: Batch, queries: Ragged | None = None) -> Batch:
-        """The same rows with `teacher_logprobs` [, `reference_logprobs`] and, where a row has a verifier, `reward`.
+        """The same rows with `teacher_logprobs` [, `reference_logprobs`] and, if any row has a verifier, `reward` (0 for rows without).
 
         Args:
             batch: rows with responses.
@@ -108,6 +108,8 @@ class ScorerGroup:
             return batch
         shards = [rows for rows in shard(self._tokens(batch), len(self._workers)) if len(rows)]
         needed = Batch(batch.table.select([name for name in _READ if name in batch]))
+        if "verifier" in needed and not any(needed.strings("verifier")):
+            needed = Batch(needed.table.drop_columns("verifier"))
         refs = [
             worker.score.remote(needed.take(rows), None if queries is None else Ragged.of([queries[row] for row in rows], np.int32))
             for worker, rows in zip(self._workers, shards, strict=False)
@@ -130,7 +132,7 @@ class ScorerGroup:
 
 
 def _merge(scored: list[Batch], shards: list[np.ndarray]) -> dict[str, pa.ChunkedArray]:
-    """Columns of all shards in the batch's order. A shard of rows without verifier has no reward column: null there."""
+    """Columns of all shards in the batch's order."""
     order = np.argsort(np.concatenate(shards))
-    table = pa.concat_tables([part.table for part in scored], promote_options="default").take(pa.array(order))
+    table = pa.concat_tables([part.table for part in scored]).take(pa.array(order))
     return {name: table.column(name) for name in table.column_names}

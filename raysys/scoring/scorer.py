@@ -76,7 +76,8 @@ class ScorerWorker:
             queries: ids to score in place of the response's, n * K a row (K of the first position, then of the second, ...).
 
         Returns:
-            `teacher_logprobs` [, `reference_logprobs`] in nats, n * K a row, and `reward` if any row has a verifier (NaN for rows without).
+            `teacher_logprobs` [, `reference_logprobs`] in nats, n * K a row, and `reward` if there is a verifier column
+            (0 for rows that name none).
 
         Raises:
             DataError: a tag without teacher, an empty prompt, an id that a model has no row for, or queries that do not fit the responses.
@@ -173,13 +174,12 @@ class ScorerWorker:
             raise DataError("a prompt has no tokens, so its first response token has nothing to be predicted from")
 
     def _rewards(self, batch: Batch, responses: Sequence[np.ndarray]) -> np.ndarray | None:
-        verifiers = batch.strings("verifier") if "verifier" in batch else []
-        if not any(verifiers):
+        if "verifier" not in batch:
             return None
         from raysys.scoring.verifiers import score
 
         texts = self._tokenizer.batch_decode([response.tolist() for response in responses], skip_special_tokens=True)
         answers = batch.strings("answer") if "answer" in batch else [""] * len(batch)
         metadata = batch.strings("metadata") if "metadata" in batch else [""] * len(batch)
-        rows = zip(verifiers, texts, answers, metadata, strict=True)
-        return np.array([score(name, text, answer, extra) if name else np.nan for name, text, answer, extra in rows], dtype=np.float32)
+        rows = zip(batch.strings("verifier"), texts, answers, metadata, strict=True)
+        return np.array([score(*row) for row in rows], dtype=np.float32)

@@ -17,8 +17,6 @@ from raysys.config.runs import GopdConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-Metric = "Tensor | tuple[Tensor, Tensor]"
-
 
 @dataclass(frozen=True)
 class Outputs:

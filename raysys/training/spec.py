@@ -48,26 +48,35 @@ class Share:
 
 @dataclass
 class Tally:
-    """Metrics on their way to a global mean: sums with their counts, maxima, and what is the same on all ranks."""
+    """Metrics on their way to a global mean."""
 
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Total and count; the metric is total / count over all micro-batches and ranks."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Already a part of the whole: added up."""
     maxima: dict[str, float] = field(default_factory=dict)
     common: dict[str, float] = field(default_factory=dict)
+    """The same on every rank."""
 
     def add(self, name: str, total: float, count: float) -> None:
         before = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = (before[0] + total, before[1] + count)
 
+    def part(self, name: str, value: float) -> None:
+        self.parts[name] = self.parts.get(name, 0.0) + value
+
     def peak(self, name: str, value: float) -> None:
         self.maxima[name] = max(value, self.maxima.get(name, value))
 
     def merge(self, other: Tally) -> Tally:
-        """Takes in another rank's tally; `common` stays this one's."""
+        """Takes in another rank's tally."""
         for name, (total, count) in other.sums.items():
             self.add(name, total, count)
+        for name, value in other.parts.items():
+            self.part(name, value)
         for name, value in other.maxima.items():
             self.peak(name, value)
         return self
 
     def metrics(self) -> dict[str, float]:
-        return {name: total / count for name, (total, count) in self.sums.items() if count} | self.maxima | self.common
+        return self.parts | {name: total / count for name, (total, count) in self.sums.items() if count} | self.maxima | self.common

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from raysys import head as heads
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -31,14 +34,15 @@ sys.exit(int(pairs.get("code", 0)))
 
 
 @pytest.fixture
-def checkout(tmp_path: Path) -> Path:
+def checkout(tmp_path: Path) -> Iterator[Path]:
     shutil.copytree(ROOT / "raysys", tmp_path / "raysys", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "jobs" / "configs" / "echo").mkdir(parents=True)
     (tmp_path / "jobs" / "echo.py").write_text(ECHO)
     (tmp_path / "jobs" / "configs" / "echo" / "local.yaml").write_text("{}\n")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "large.bin").write_bytes(os.urandom(1 << 20))
-    return tmp_path
+    yield tmp_path
+    heads.remove_traces(tmp_path / ".raysys")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 
 from raysys.config.parts import Data
 from raysys.data.stream import PromptStream
-from raysys.data.text import Decoder, repeat
+from raysys.data.text import Decoder
 from raysys.errors import ConfigError, DataError
 from raysys.scoring.verifiers import score
 
@@ -89,6 +89,6 @@ def test_bad_sources_are_refused(tiny: str) -> None:
 
 
 def test_repeat_numbers_the_samples(tiny: str) -> None:
-    twice = repeat(stream(tiny).take(2), 2)
+    twice = stream(tiny).take(2).repeat(2)
     first, second = twice.strings("prompt_id")[0], twice.strings("prompt_id")[2]
     assert twice.ids == [f"{first}/0", f"{first}/1", f"{second}/0", f"{second}/1"]

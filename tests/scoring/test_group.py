@@ -25,13 +25,13 @@ def test_shards_are_even_and_hold_every_row_once():
     assert [len(rows) for rows in shard(np.array([5, 5]), 4)] == [1, 1, 0, 0]
 
 
-def test_merging_puts_rows_back_and_bears_a_missing_reward():
+def test_merging_puts_rows_back():
     shards = [np.array([1, 3]), np.array([0, 2])]
     first = Batch.from_columns(teacher_logprobs=[[1.0], [3.0, 3.0]], reward=[0.5, 1.0])
-    second = Batch.from_columns(teacher_logprobs=[[], [2.0]])
+    second = Batch.from_columns(teacher_logprobs=[[], [2.0]], reward=[0.25, 0.75])
     columns = _merge([first, second], shards)
     assert columns["teacher_logprobs"].to_pylist() == [[], [1.0], [2.0], [3.0, 3.0]]
-    assert columns["reward"].to_pylist() == [None, 0.5, None, 1.0]
+    assert columns["reward"].to_pylist() == [0.25, 0.5, 0.75, 1.0]
 
 
 def group(teachers, reference=None, reward_scale=1.0, ranks=1, tokenizer="student") -> ScorerGroup:
@@ -90,6 +90,9 @@ def test_two_ranks_answer_as_one_worker_does(ray_head, tmp_path):
         with group({"math": folders["math"], "code": folders["code"]}, folders["base"], 1.25, 2, folders["base"]) as scorers:
             scorers.start()
             scored, queried = scorers.annotate(rows), scorers.annotate(rows, asked)
+            assert "reward" not in scorers.annotate(rows.with_columns(verifier=[""] * 9))
+            rewarded = scorers.annotate(rows.with_columns(verifier=["exact"] * 9, answer=["?"] * 9))
+        assert rewarded.numbers("reward").tolist() == [0.0] * 9
         alone = ScorerWorker(scorers.spec)
         alone.start()
         for got, want in ((scored, alone.score(rows)), (queried, alone.score(rows, asked))):

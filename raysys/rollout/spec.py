@@ -1,0 +1,58 @@
+"""What crosses between the rollout pool and its workers. Imports neither torch, Ray nor vLLM."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from raysys.batch import Bucket
+from raysys.config.parts import Rollout
+
+Manifest = dict[str, tuple[tuple[int, ...], str]]
+"""Hugging Face name to (shape, torch dtype name)."""
+
+
+class Receiver(Protocol):
+    """The weights room's side of a worker: how an engine takes new weights. Handed in, so that rollout knows no transport."""
+
+    def engine_arguments(self) -> dict[str, Any]: ...
+    async def ready(self, engine: Any, model: str) -> None: ...
+    async def begin(self, engine: Any, manifest: Manifest) -> None: ...
+    async def update(self, engine: Any, bucket: Bucket) -> None: ...
+    async def finish(self, engine: Any, version: int) -> dict[str, str]: ...
+    async def differing(self, engine: Any, bucket: Bucket) -> list[str]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """What one worker is built from."""
+
+    model: str
+    """Hugging Face folder or id."""
+    device: str
+    """"cpu" or "gpu"."""
+    dtype: str
+    max_model_len: int
+    """Prompt and response together, in tokens."""
+    config: Rollout
+    receiver: type[Receiver] | None = None
+    log_dir: str | None = None
+    """Folder for the engine's own chatter; None leaves it in Ray's worker log."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. `seed` is the run's; each sample's own seed comes from it, the prompt's id and the sample's index."""
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    greedy: bool = False
+
+    def seed_of(self, prompt_id: str, sample: int) -> int:
+        """Depends on neither the worker nor the moment nor the other rows."""
+        text = f"{self.seed}/{prompt_id}/{sample}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big")

@@ -1,0 +1,245 @@
+"""One DeepSpeed rank: the model, its optimiser, and what a step does with them. Imports torch and DeepSpeed: for actors only.
+
+Loss of a step, whatever the micro-batches and ranks, with N the step's response tokens (or rows) on all ranks:
+
+    L = sum over micro-batches of (n / N) * mean loss of the micro-batch;  each rank back-propagates its part times the
+    number of ranks, because DeepSpeed averages gradients over ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from raysys.batch import Batch, Ragged
+from raysys.errors import ConfigError, NumericsError
+from raysys.models.causal import load_causal, response_logprobs
+from raysys.training.meter import Meter
+from raysys.training.objectives import Outputs
+from raysys.training.rows import Inputs, Rows
+from raysys.training.schedule import learning_rate
+from raysys.training.spec import Share, Tally, TrainerSpec
+
+
+class Engine:
+    """A rank of the trainer. RANK, WORLD_SIZE and the rendezvous are in the environment before this module is imported.
+
+    Every method is collective: all ranks call it together, in the same order.
+    """
+
+    def __init__(self, spec: TrainerSpec):
+        self.spec, self.step_index = spec, 0
+        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        gpu = spec.device == "gpu"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        torch.set_num_threads(spec.config.threads)
+        torch.manual_seed(spec.seed)
+        # Plain gloo serves; the shared-memory operator would be compiled for a minute first.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
+        # Loaded on CPU: stage 3 moves only a rank's part to its device.
+        self.model = load_causal(
+            spec.model, self.dtype, "cpu", trainable=True, activation_checkpointing=spec.config.activation_checkpointing
+        )
+        if getattr(self.model, "_weight_conversions", None):
+            raise ConfigError(
+                f"{spec.model}: transformers holds its weights under other names and shapes than the files, which is not supported yet"
+            )
+        self.names = dict(self.model.named_parameters())
+        self.stage = effective_stage(spec.config.zero_stage, spec.dtype)
+        self.parameters = sum(parameter.numel() for parameter in self.names.values())
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=spec.learning_rate,
+            betas=spec.config.betas,
+            eps=spec.config.epsilon,
+            weight_decay=spec.config.weight_decay,
+            fused=True,
+        )
+        self.engine: Any = deepspeed.initialize(model=self.model, optimizer=optimizer, config=_deepspeed_config(spec, self.parameters))[0]
+
+    # -- training
+
+    def step(self, batch: Batch, shares: Sequence[Share]) -> Tally:
+        """One step of the run: an optimiser step for each of `shares` (more than one: old log-probs first).
+
+        Returns:
+            This rank's part of the metrics.
+
+        Raises:
+            DataError: a row that cannot be trained on.
+            NumericsError: a loss or the gradient norm is not finite; parameters are as before the failed optimiser step.
+        """
+        rows = self._rows(batch, self.spec.objective.columns)
+        old = self._old_logprobs(rows, shares) if len(shares) > 1 else None
+        rate = learning_rate(
+            self.spec.learning_rate, self.step_index, self.spec.steps, self.spec.config.schedule, self.spec.config.warmup_steps
+        )
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        tally, norms = Tally(), []
+        for share in shares:
+            self._accumulate(rows, share, old, tally, 1 / len(shares))
+            norms.append(self._update())
+        self.step_index += 1
+        tally.common |= {
+            "grad_norm": float(np.mean(norms)),
+            "learning_rate": rate,
+            "tokens": float(sum(share.tokens for share in shares)),
+        }
+        return tally
+
+    def _accumulate(self, rows: Rows, share: Share, old: dict[int, np.ndarray] | None, tally: Tally, weight: float) -> None:
+        """Gradients of all micro-batches, and their metrics into `tally`."""
+        packs = rows.packs(share.rows, self.spec.config.micro_batch_tokens, share.micro_batches)
+        losses: list[Tensor] = []
+        meter = Meter()
+        for index, pack in enumerate(packs):
+            inputs = rows.inputs(pack)
+            outputs = self._outputs(inputs, None if old is None else [old[int(row)] for row in pack])
+            if inputs.dummy:
+                loss, part = outputs.logprobs.sum(), 0.0
+            else:
+                loss, metrics = self.spec.objective.loss(outputs, rows.micro(pack))
+                tokens = int(rows.responses[pack].sum())
+                part = tokens / max(1, share.tokens)
+                if self.spec.objective.weighting == "sequence":
+                    part = int((rows.responses[pack] > 0).sum()) / max(1, share.sequences)
+                meter.part("loss", loss.detach() * (part * weight))
+                meter.add({"entropy": (outputs.entropy.sum(), outputs.mask.sum()), **metrics}, tokens)
+            losses.append(loss.detach())
+            self.engine.set_gradient_accumulation_boundary(index + 1 == len(packs))
+            self.engine.backward(loss * (part * self.world), scale_wrt_gas=False)
+        self._check_losses(losses, packs, rows)
+        meter.read(tally)
+
+    def _outputs(self, inputs: Inputs, old: list[np.ndarray] | None) -> Outputs:
+        flat, entropy = self._forward(inputs, entropy=True)
+        before = None if old is None or not old else torch.from_numpy(np.concatenate(old)).to(self.device)
+        return Outputs(inputs.padded(flat), inputs.padded(entropy.detach()), inputs.mask, None if before is None else inputs.padded(before))
+
+    def _forward(self, inputs: Inputs, entropy: bool = False) -> Any:
+        return response_logprobs(
+            self.engine,
+            inputs.input_ids,
+            inputs.prompt_lengths,
+            inputs.response_lengths,
+            self.spec.temperature,
+            self.spec.config.chunk_tokens,
+            entropy=entropy,
+        )
+
+    def _check_losses(self, losses: list[Tensor], packs: list[np.ndarray], rows: Rows) -> None:
+        values = torch.stack([loss.float() for loss in losses])
+        bad = (~torch.isfinite(values)).any().float()
+        if self.world > 1:  # a rank that stopped alone would leave the others waiting in the optimiser's collectives
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        if not bad:
+            return
+        found = [(float(value), pack) for value, pack in zip(values, packs, strict=True) if not math.isfinite(value)]
+        mine = f"micro-batch of {rows.name(found[0][1])} has loss {found[0][0]}" if found else None
+        everyone: list[str | None] = [mine]
+        if self.world > 1:
+            everyone = [None] * self.world
+            dist.all_gather_object(everyone, mine)
+        self.engine.zero_grad()
+        first = next((f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text), "")
+        raise NumericsError(f"step {self.step_index}: {first}", _NUMERICS_REMEDY)
+
+    def _update(self) -> float:
+        """The optimiser step. Returns the gradient norm before clipping."""
+        if self.stage == 0:
+            # Here DeepSpeed would clip without looking: NaN gradients would reach the weights.
+            norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.config.clip))
+            applied = math.isfinite(norm)
+            if applied:
+                self.engine.step()
+        else:
+            self.engine.step()
+            norm = float(self.engine.get_global_grad_norm())
+            applied = not self.engine.optimizer.overflow
+        if not applied:
+            raise NumericsError(f"step {self.step_index}: all losses are finite, the gradient norm is not", _NUMERICS_REMEDY)
+        return norm
+
+    def idle_step(self) -> None:
+        """An optimiser step whose gradient is zero."""
+        inputs = Rows.nothing(self.device)
+        self.engine.set_gradient_accumulation_boundary(True)
+        self.engine.backward(self._forward(inputs).sum() * 0.0, scale_wrt_gas=False)
+        self.engine.step()
+
+    # -- reading
+
+    def logprobs(self, batch: Batch, share: Share) -> Ragged:
+        """Log-probs in nats of the response ids of this rank's rows, float32, in the order of `share.rows`."""
+        found = self._old_logprobs(self._rows(batch, ()), [share])
+        return Ragged.of([found[int(row)] for row in share.rows], np.float32)
+
+    def _old_logprobs(self, rows: Rows, shares: Sequence[Share]) -> dict[int, np.ndarray]:
+        found: dict[int, np.ndarray] = {}
+        with torch.no_grad():
+            for share in shares:
+                for pack in rows.packs(share.rows, self.spec.config.micro_batch_tokens, share.micro_batches):
+                    flat = self._forward(rows.inputs(pack)).float().cpu().numpy()
+                    if len(pack):
+                        pieces = np.split(flat, np.cumsum(rows.responses[pack])[:-1])
+                        found |= {int(row): piece for row, piece in zip(pack, pieces, strict=True)}
+        return found
+
+    def probe_logprobs(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Log-probs of ids[1:] given what precedes each, float32, temperature 1."""
+        tokens = torch.as_tensor(np.asarray(ids, dtype=np.int64), device=self.device)[None]
+        lengths = torch.tensor([1], device=self.device), torch.tensor([tokens.shape[1] - 1], device=self.device)
+        with torch.no_grad():
+            return response_logprobs(self.engine, tokens, *lengths, 1.0, self.spec.config.chunk_tokens).float().cpu().numpy()
+
+    def _rows(self, batch: Batch, columns: Sequence[str]) -> Rows:
+        return Rows(batch, columns, self.model.config.get_text_config().vocab_size, self.device)
+
+
+_NUMERICS_REMEDY = "lower learning_rate or trainer.clip, or look at these rows; the weights before this step are intact"
+
+
+def effective_stage(zero_stage: int, dtype: str) -> int:
+    """Stage 0 keeps no masters and adds gradients up in bfloat16, so bfloat16 runs on stage 1: the same numbers, in float32."""
+    return max(zero_stage, 1) if dtype == "bfloat16" else zero_stage
+
+
+def _deepspeed_config(spec: TrainerSpec, parameters: int) -> dict[str, Any]:
+    config = spec.config
+    stage = effective_stage(config.zero_stage, spec.dtype)
+    bucket = min(parameters, 500_000_000)  # DeepSpeed allocates whole buckets, also for a model that fits in a corner of one
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "stage3_prefetch_bucket_size": min(parameters, 50_000_000),
+        "stage3_param_persistence_threshold": min(100_000, parameters // 1000),
+    }
+    if config.offload_optimizer and spec.device == "gpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    half = {
+        "bf16": {"enabled": True, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+    }
+    return (half if spec.dtype == "bfloat16" else {}) | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.clip if stage else 0.0,  # stage 0: see Engine._update
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "wall_clock_breakdown": False,
+        "steps_per_print": None,
+    }

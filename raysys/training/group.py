@@ -1,0 +1,246 @@
+"""The trainer's ranks as a group, from the driver. Imports neither torch nor an engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import ray.exceptions
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raysys.batch import Batch, Ragged
+from raysys.config.parts import Deadlines, Trainer
+from raysys.errors import ConfigError, DataError, DeadlineError, InfrastructureError, RaysysError
+from raysys.runtime import get, reserve
+from raysys.training.objectives import Objective
+from raysys.training.spec import Share, Tally, TrainerSpec
+from raysys.training.split import split
+from raysys.training.worker import TrainerWorker
+
+# Without these glibc gives every large block back to the system and faults it in again at the next micro-batch.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31), "MALLOC_TOP_PAD_": str(2**26)}
+
+# A rank that dies takes the others' collectives down with it; theirs is often the first error to arrive, and never the cause.
+_GRACE_SECONDS = 5.0
+
+
+class TrainerGroup:
+    """DeepSpeed ranks behind one small interface. A context manager that closes itself.
+
+    Args:
+        config: ranks, ZeRO stage, micro-batches, optimiser.
+        model: Hugging Face folder or id to start from.
+        objective: what a step minimises.
+        learning_rate: its peak.
+        steps: of the whole run; where a falling learning rate ends.
+        temperature: of the rollouts; divides the logits.
+        device: "cpu" or "gpu".
+        dtype: "float32", or "bfloat16" with float32 masters.
+        log_dir: where DeepSpeed's own log goes.
+
+    Raises:
+        ConfigError: an impossible combination.
+    """
+
+    def __init__(
+        self,
+        config: Trainer,
+        model: str,
+        objective: Objective,
+        learning_rate: float,
+        steps: int,
+        seed: int,
+        temperature: float,
+        device: str,
+        dtype: str,
+        deadlines: Deadlines,
+        log_dir: str | None = None,
+    ):
+        if config.offload_optimizer and config.zero_stage == 0:
+            raise ConfigError("trainer.offload_optimizer needs trainer.zero_stage of 1 or more, got 0")
+        self.config, self._deadlines, self._objective = config, deadlines, objective
+        self.spec = TrainerSpec(config, model, objective, learning_rate, steps, seed, temperature, device, dtype, log_dir)
+        self.workers: list[Any] = []
+        self._placement: PlacementGroup | None = None
+
+    def __enter__(self) -> TrainerGroup:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def start(self) -> list[dict[str, Any]]:
+        """Places the ranks, lets them meet and load the model. Returns what each holds.
+
+        Raises:
+            PlacementError: no room in the cluster.
+            DeadlineError: it took longer than `deadlines.start`.
+            ConfigError: the folder holds no model that can be trained.
+        """
+        config, ranks = self.config, self.config.ranks
+        bundle: dict[str, float] = {"CPU": float(config.threads)} | ({"GPU": 1.0} if self.spec.device == "gpu" else {})
+        self._placement = reserve([bundle] * ranks, what="trainer", timeout=self._deadlines.placement)
+        environment = {"env_vars": {**_MALLOC, "OMP_NUM_THREADS": str(config.threads)}}
+        actor = ray.remote(TrainerWorker)
+        for rank in range(ranks):
+            place = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
+            options: dict[str, Any] = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "scheduling_strategy": place}
+            self.workers.append(actor.options(runtime_env=environment, **options).remote(self.spec, rank, ranks))
+        host, port = get(
+            self.workers[0].address.remote(),
+            timeout=self._deadlines.start,
+            actor="trainer rank 0",
+            operation="start its process",
+            knob="deadlines.start",
+        )
+        return self._all("start", [(host, port)] * ranks, self._deadlines.start, "load the model", "deadlines.start")
+
+    # -- training
+
+    def step(self, batch: Batch) -> dict[str, float]:
+        """One step on all rows of the batch. Returns metrics: means over the whole batch's response tokens, whoever computed them.
+
+        `loss`, `entropy`, `grad_norm` (before clipping; mean over mini-batches), `learning_rate`, `tokens`, and the objective's own.
+
+        Raises:
+            DataError: nothing to train on, or a row that cannot be trained on.
+            NumericsError: a loss or the gradient norm is not finite; names the step and the rows.
+            InfrastructureError: a rank died.
+            DeadlineError: it took longer than `deadlines.train`.
+        """
+        steps = self._split(batch, self.config.mini_batches)
+        if min(step[0].tokens for step in steps) == 0:
+            raise DataError(f"a batch of {len(batch)} rows holds no response token to train on in one of {len(steps)} mini-batches")
+        parts = [self._part(batch, [step[rank] for step in steps]) for rank in range(self.config.ranks)]
+        tallies: list[Tally] = self._all("step", parts, self._deadlines.train, "train a step", "deadlines.train")
+        whole = tallies[0]
+        for tally in tallies[1:]:
+            whole.merge(tally)
+        return whole.metrics()
+
+    def logprobs(self, batch: Batch) -> list[np.ndarray]:
+        """The student's log-probs in nats of each row's response ids, float32. Errors as `step`."""
+        shares = self._split(batch, 1)[0]
+        parts = [(part, own[0]) for part, own in (self._part(batch, [share], ()) for share in shares)]
+        found: list[Ragged] = self._all("logprobs", parts, self._deadlines.train, "compute log-probs", "deadlines.train")
+        rows: list[np.ndarray] = [np.zeros(0, np.float32)] * len(batch)
+        for share, piece in zip(shares, found, strict=True):
+            for row, values in zip(share.rows, piece.rows(), strict=True):
+                rows[row] = values
+        return rows
+
+    def _split(self, batch: Batch, mini_batches: int) -> list[list[Share]]:
+        return split(
+            batch.lengths("prompt_ids"),
+            batch.lengths("response_ids"),
+            ranks=self.config.ranks,
+            mini_batches=mini_batches,
+            budget=self.config.micro_batch_tokens,
+        )
+
+    def _part(self, batch: Batch, shares: list[Share], columns: tuple[str, ...] | None = None) -> tuple[Batch, list[Share]]:
+        """A rank's rows in one batch, and its shares counted in those rows."""
+        wanted = ("prompt_id", "sample", "domain", "prompt_ids", "response_ids", *(self._objective.columns if columns is None else columns))
+        missing = [name for name in ("prompt_ids", "response_ids") if name not in batch]
+        if missing:
+            raise DataError(f"the batch has no column {missing[0]}; it has {', '.join(batch.columns)}")
+        needed = Batch(batch.table.select([name for name in wanted if name in batch]))
+        rows = np.unique(np.concatenate([share.rows for share in shares]))
+        if len(rows) == len(batch):
+            return needed, shares
+        local = [Share(np.searchsorted(rows, share.rows), share.tokens, share.sequences, share.micro_batches) for share in shares]
+        return needed.take(rows), local
+
+    # -- weights
+
+    def bucket_plan(self, max_bytes: int) -> tuple[dict[str, tuple[tuple[int, ...], str]], int]:
+        """What the model's weights are and how many buckets they travel in.
+
+        Returns:
+            `{Hugging Face name: (shape, torch dtype name)}` in the order of travel, and the number of buckets of at most
+            `max_bytes` (a larger tensor gets one of its own). Tied tensors appear under each of their names.
+        """
+        plans = self._all("bucket_plan", [(max_bytes,)] * self.config.ranks, self._deadlines.push, "plan a weight push", "deadlines.push")
+        return plans[0]
+
+    def gather_bucket(self, index: int) -> Any:
+        """Object ref of bucket `index` (`raysys.batch.Bucket`) of the last plan. With several ranks it is complete on return."""
+        refs = [worker.gather_bucket.remote(index) for worker in self.workers]
+        if len(refs) > 1:
+            self._wait(refs, self._deadlines.push, f"gather bucket {index}", "deadlines.push")
+        return refs[0]
+
+    def probe_logprobs(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Log-probs of ids[1:] given what precedes each, float32, temperature 1."""
+        probe = np.asarray(ids, dtype=np.int64)
+        return self._all("probe_logprobs", [(probe,)] * self.config.ranks, self._deadlines.push, "probe", "deadlines.push")[0]
+
+    # -- files
+
+    def save(self, folder: str) -> None:
+        """Writes all that `load` needs for going on bit by bit. Not atomic: publish it afterwards. On several nodes the folder must be shared."""
+        self._all("save", [(str(folder),)] * self.config.ranks, self._deadlines.checkpoint, "save", "deadlines.checkpoint")
+
+    def load(self, folder: str) -> None:
+        """Goes on from `save`, bit by bit for the same ranks, ZeRO stage and dtype, else to rounding.
+
+        Raises:
+            CheckpointError: nothing complete is there.
+        """
+        self._all("load", [(str(folder),)] * self.config.ranks, self._deadlines.checkpoint, "load", "deadlines.checkpoint")
+
+    def export(self, folder: str) -> None:
+        """Writes a Hugging Face folder that stock transformers and stock vLLM load."""
+        self._all("export", [(str(folder),)] * self.config.ranks, self._deadlines.checkpoint, "export", "deadlines.checkpoint")
+
+    def close(self) -> None:
+        """Ends the ranks and frees their place. Safe to call twice, and on a group that never started."""
+        for worker in self.workers:
+            ray.kill(worker)
+        self.workers = []
+        if self._placement is not None:
+            remove_placement_group(self._placement)
+            self._placement = None
+
+    # -- inside
+
+    def _all(self, method: str, arguments: Sequence[tuple[Any, ...]], timeout: float, operation: str, knob: str) -> list[Any]:
+        """Calls a method on every rank; results by rank."""
+        if not self.workers:
+            raise InfrastructureError(f"the trainer cannot {operation}: it is not running", "call start() first")
+        refs = [getattr(worker, method).remote(*own) for worker, own in zip(self.workers, arguments, strict=True)]
+        return self._wait(refs, timeout, operation, knob)
+
+    def _wait(self, refs: list[Any], timeout: float, operation: str, knob: str) -> list[Any]:
+        """Results by rank, or what went wrong first: a rank's own error or death rather than what its peers made of it."""
+        deadline, errors = time.monotonic() + timeout, {}
+        results: list[Any] = [None] * len(refs)
+        pending = {ref: rank for rank, ref in enumerate(refs)}
+        while pending:
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            rank = pending.pop(ready[0])
+            try:
+                results[rank] = get(ready[0], timeout=timeout, actor=f"trainer rank {rank}", operation=operation, knob=knob)
+            except RaysysError as error:
+                if not errors:
+                    deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+                errors[rank] = error
+                if _is_cause(error):
+                    break
+        if errors:
+            raise next((error for error in errors.values() if _is_cause(error)), next(iter(errors.values())))
+        if pending:
+            late = ", ".join(str(rank) for rank in pending.values())
+            raise DeadlineError(f"trainer rank {late}", operation, timeout, knob)
+        return results
+
+
+def _is_cause(error: RaysysError) -> bool:
+    """Raised on purpose, or the rank is dead; anything else may be the echo of another rank's end."""
+    return type(error) is not InfrastructureError or isinstance(error.__cause__, ray.exceptions.RayActorError)

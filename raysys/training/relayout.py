@@ -1,0 +1,122 @@
+"""A checkpoint under another number of ranks, ZeRO stage or dtype: parameter by parameter, under their names. For actors only.
+
+DeepSpeed's shards fit one layout. Its converter to "universal" files gives one file a parameter and state; those are
+put back through the interfaces that reach a parameter whatever holds its parts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+from torch import Tensor
+from torch import distributed as dist
+
+from raysys.errors import CheckpointError
+from raysys.training.engine import Engine, effective_stage
+from raysys.training.weights import gathered, shape_of
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_REMEDY = "resume with the trainer.ranks, zero_stage and dtype that wrote it"
+
+
+def load_relaid(engine: Engine, state: Path, written: dict[str, Any]) -> None:
+    """Loads `state`, DeepSpeed's folder of a checkpoint that layout `written` made. Collective.
+
+    Raises:
+        CheckpointError: it cannot be converted, or is of another model.
+    """
+    relaid = state.with_name(f".relaid_{state.name}")
+    _on_first(engine, lambda: _relay(state, relaid, effective_stage(written["zero_stage"], written["dtype"]), list(engine.names)))
+    _prime(engine)
+    for name, parameter in engine.names.items():
+        _put(engine, parameter, {key: _read(relaid / "zero" / name / f"{key}.pt", shape_of(parameter)) for key in ("fp32", *_MOMENTS)})
+    _set_steps(engine, float(torch.load(relaid / "zero" / next(iter(engine.names)) / "step.pt", weights_only=False)))
+    dist.barrier()
+    _on_first(engine, lambda: shutil.rmtree(relaid, ignore_errors=True))
+
+
+def _on_first(engine: Engine, action: Callable[[], None]) -> None:
+    """Rank 0 acts, all wait, and all raise what it raised."""
+    outcome: list[str | None] = [None]
+    if engine.rank == 0:
+        try:
+            action()
+        except (OSError, RuntimeError, KeyError, CheckpointError) as error:
+            outcome = [f"{type(error).__name__}: {error}"]
+    if engine.world > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise CheckpointError(f"the checkpoint cannot be brought to this layout: {outcome[0]}", _REMEDY)
+
+
+def _relay(state: Path, relaid: Path, stage: int, names: list[str]) -> None:
+    shutil.rmtree(relaid, ignore_errors=True)
+    relaid.mkdir()
+    if stage == 0:
+        _relay_whole(state, relaid, names)
+        return
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", "--num_extract_workers", "1"]
+    command += ["--num_merge_workers", "1", "--input_folder", str(state), "--output_folder", str(relaid)]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"DS_ACCELERATOR": "cpu"})
+    if done.returncode:
+        raise CheckpointError(f"DeepSpeed's converter failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+
+
+def _relay_whole(state: Path, relaid: Path, names: list[str]) -> None:
+    """Stage 0: everything is in one file, the optimiser's states by the parameters' numbers."""
+    saved = torch.load(state / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    for number, name in enumerate(names):
+        folder = relaid / "zero" / name
+        folder.mkdir(parents=True)
+        moments = saved["optimizer"]["state"][number]
+        torch.save(saved["module"][name], folder / "fp32.pt")
+        for key in (*_MOMENTS, "step"):
+            torch.save(moments[key], folder / f"{key}.pt")
+
+
+def _read(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """The converter writes plain tensors (flat under stage 3), or dicts with one under `param`."""
+    if not path.is_file():
+        raise CheckpointError(f"the checkpoint has no {path.stem} of {path.parent.name}", "it is of another model")
+    saved = torch.load(path, map_location="cpu", weights_only=False)
+    tensor = saved["param"] if isinstance(saved, dict) else saved
+    if tensor.numel() != torch.Size(shape).numel():
+        raise CheckpointError(f"{path.parent.name} has {tensor.numel()} numbers in the checkpoint, the model has {list(shape)}")
+    return tensor.detach().reshape(shape).float()
+
+
+def _prime(engine: Engine) -> None:
+    """Makes the optimiser's states exist: a step without gradient at rate 0, which moves nothing."""
+    for group in engine.engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    engine.idle_step()
+
+
+def _put(engine: Engine, parameter: Any, values: dict[str, Tensor]) -> None:
+    values = {key: value.to(engine.device) for key, value in values.items()}
+    with torch.no_grad():
+        if engine.stage == 0:
+            parameter.copy_(values["fp32"])
+            for key in _MOMENTS:
+                engine.engine.optimizer.state[parameter][key].copy_(values[key])
+            return
+        with gathered(engine.engine, [parameter], writing=True):
+            parameter.copy_(values["fp32"])
+        safe_set_full_fp32_param(parameter, values["fp32"])
+        for key in _MOMENTS:
+            safe_set_full_optimizer_state(parameter, values[key], key)
+
+
+def _set_steps(engine: Engine, step: float) -> None:
+    for state in engine.engine.optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"].fill_(step)

@@ -1,0 +1,125 @@
+"""One rank of the trainer as an actor. Torch and DeepSpeed are imported when it starts, with its environment set."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raysys.batch import Batch, Bucket, Ragged
+from raysys.training.spec import Share, Tally, TrainerSpec
+
+if TYPE_CHECKING:
+    from raysys.training.engine import Engine
+
+
+class TrainerWorker:
+    """A plain class; `ray.remote(TrainerWorker)` makes it an actor.
+
+    All ranks' methods are collective: the group calls them on every rank, in the same order.
+    """
+
+    def __init__(self, spec: TrainerSpec, rank: int, ranks: int):
+        self.spec, self.rank, self.ranks = spec, rank, ranks
+        self._engine: Engine | None = None
+
+    def address(self) -> tuple[str, int]:
+        """This node's address as other nodes see it, and a port free on it: where the ranks meet. Asked of rank 0."""
+        import ray.util
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, host: str, port: int) -> dict[str, Any]:
+        """Joins the other ranks and loads the model. Returns what is held.
+
+        Raises:
+            ConfigError: the folder holds no model that can be trained.
+        """
+        os.environ |= {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": "0",  # Ray shows an actor its own GPU only
+            "WORLD_SIZE": str(self.ranks),
+            "LOCAL_SIZE": "1",
+            "MASTER_ADDR": host,
+            "MASTER_PORT": str(port),
+            "DS_ACCELERATOR": "cuda" if self.spec.device == "gpu" else "cpu",
+        }
+        self._quieten()
+        from raysys.training.engine import Engine
+
+        self._engine = Engine(self.spec)
+        return {"rank": self.rank, "parameters": self._engine.parameters, "dtype": self.spec.dtype, "pid": os.getpid()}
+
+    def _quieten(self) -> None:
+        """DeepSpeed's log goes to a file (or nowhere), errors also to the screen."""
+        import deepspeed  # noqa: F401  its import sets the logger's handlers up
+
+        for name in ("DeepSpeed", "deepspeed"):
+            logger = logging.getLogger(name)
+            for handler in logger.handlers:
+                handler.setLevel(logging.ERROR)
+            if self.spec.log_dir is not None:
+                Path(self.spec.log_dir).mkdir(parents=True, exist_ok=True)
+                logger.addHandler(logging.FileHandler(Path(self.spec.log_dir) / f"trainer_rank{self.rank}.log"))
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("start() has not been called")
+        return self._engine
+
+    def step(self, batch: Batch, shares: Sequence[Share]) -> Tally:
+        """See `Engine.step`."""
+        return self.engine.step(batch, shares)
+
+    def logprobs(self, batch: Batch, share: Share) -> Ragged:
+        """See `Engine.logprobs`."""
+        return self.engine.logprobs(batch, share)
+
+    def probe_logprobs(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """See `Engine.probe_logprobs`."""
+        return self.engine.probe_logprobs(ids)
+
+    def bucket_plan(self, max_bytes: int) -> tuple[dict[str, tuple[tuple[int, ...], str]], int]:
+        """See `raysys.training.weights.BucketPlan`."""
+        from raysys.training.weights import BucketPlan
+
+        self._plan = BucketPlan(self.engine.engine, max_bytes)
+        return self._plan.manifest, len(self._plan.buckets)
+
+    def gather_bucket(self, index: int) -> Bucket | None:
+        """Bucket `index` of the last `bucket_plan`, on rank 0; the other ranks help to gather it."""
+        return self._plan.gather(index)
+
+    def save(self, folder: str) -> None:
+        """See `raysys.training.checkpoint.save`."""
+        from raysys.training.checkpoint import save
+
+        save(self.engine, Path(folder))
+
+    def load(self, folder: str) -> None:
+        """See `raysys.training.checkpoint.load`."""
+        from raysys.training.checkpoint import load
+
+        load(self.engine, Path(folder))
+
+    def export(self, folder: str) -> None:
+        """See `raysys.training.export.export`."""
+        from raysys.training.export import export
+
+        export(self.engine, Path(folder))
+
+    def close(self) -> None:
+        """Leaves the process group. Only a process that goes on needs it (tests); an actor is simply ended."""
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        self._engine = None

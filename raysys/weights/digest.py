@@ -1,0 +1,18 @@
+"""Fingerprints of weights: one digest a tensor, one for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import blake3
+
+
+def digest(data: Any) -> str:
+    """Hex digest (BLAKE3) of a buffer's bytes."""
+    return blake3.blake3(data, max_threads=blake3.blake3.AUTO).hexdigest()
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """One digest of all tensors by name, whatever the order they came in."""
+    return digest("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode())[:16]

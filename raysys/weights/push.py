@@ -1,0 +1,116 @@
+"""New weights from the trainer to every engine, with proof that they arrived and that the engines compute with them.
+
+A push is: announce names and shapes, send bounded buckets (a gather and a send are under way at the same time), compare
+fingerprints, then a parity probe: log-probs of a fixed sequence by trainer and engine. Seen from the driver; imports
+neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from raysys.config.parts import Deadlines, Weights
+from raysys.errors import WeightSyncError
+from raysys.runtime import gather
+from raysys.weights.digest import fingerprint
+
+Manifest = dict[str, tuple[tuple[int, ...], str]]
+
+PROBE = 24
+"""Tokens of the parity probe."""
+_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+
+
+class Trains(Protocol):
+    """What a push needs of a trainer."""
+
+    def bucket_plan(self, max_bytes: int) -> tuple[Manifest, int]: ...
+    def gather_bucket(self, index: int) -> Any: ...
+    def probe_logprobs(self, ids: Sequence[int]) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """One push: `fingerprint` of all tensors, `parity_gap` the largest log-prob difference on the probe in nats, `seconds` by phase."""
+
+    version: int
+    fingerprint: str
+    parity_gap: float
+    seconds: dict[str, float]
+
+
+class Pusher:
+    """Pushes a trainer's weights to all workers.
+
+    Args:
+        trainer: see `Trains`.
+        workers: handles of rollout actors.
+        config: bucket size and parity tolerance.
+        probe_ids: the fixed sequence; None makes one from ids that any vocabulary of at least 32 has.
+    """
+
+    def __init__(self, trainer: Trains, workers: Sequence[Any], config: Weights, deadlines: Deadlines, probe_ids: Sequence[int] | None = None):
+        self._trainer, self._workers, self._config, self._deadlines = trainer, list(workers), config, deadlines
+        self._probe = list(probe_ids) if probe_ids is not None else [3 + (7 * i * i + i) % 29 for i in range(PROBE)]
+        self._manifest, self._count = trainer.bucket_plan(config.bucket_mib << 20)
+
+    def push(self, version: int) -> PushResult:
+        """Sends everything and proves it.
+
+        Raises:
+            WeightSyncError: a tensor does not fit, arrived differently, or the engine computes something else; names the first one.
+            DeadlineError: `deadlines.push` ran out.
+        """
+        began = time.monotonic()
+        self._call("begin_update", self._manifest)
+        flying: list[Any] = []
+        for index in range(self._count):
+            bucket = self._trainer.gather_bucket(index)  # only asked for: the workers wait for it themselves
+            flying.append([worker.update.remote(bucket) for worker in self._workers])
+            if len(flying) == 2:
+                self._wait(flying.pop(0), "update")
+        for refs in flying:
+            self._wait(refs, "update")
+        arrived = self._call("finish_update", version)
+        marks = [fingerprint(digests) for digests in arrived]
+        if len(set(marks)) > 1:
+            raise WeightSyncError(f"workers hold different weights after push {version}: {marks}")
+        sent = time.monotonic()
+        gap = self._parity(version)
+        return PushResult(version, marks[0], gap, {"transfer": sent - began, "probe": time.monotonic() - sent})
+
+    def _parity(self, version: int) -> float:
+        refs = [worker.probe.remote(self._probe) for worker in self._workers]
+        mine = np.asarray(self._trainer.probe_logprobs(self._probe))
+        theirs = self._wait(refs, "probe")
+        gaps = [float(np.max(np.abs(np.asarray(one) - mine))) for one in theirs]
+        worst = int(np.argmax(gaps)) if all(np.isfinite(gaps)) else int(np.argmin(np.isfinite(gaps)))
+        allowed = self._config.parity_tolerance or self._default_tolerance()
+        if not gaps[worst] <= allowed:
+            raise WeightSyncError(
+                f"after push {version} trainer and rollout worker {worst} differ by {gaps[worst]:.3g} nats on the probe, allowed is {allowed:g}: "
+                + self._first_difference(worst),
+                "set weights.parity_tolerance only if the gap is rounding",
+            )
+        return gaps[worst]
+
+    def _default_tolerance(self) -> float:
+        return max(_TOLERANCE.get(dtype, 1e-3) for _, dtype in self._manifest.values())
+
+    def _first_difference(self, worker: int) -> str:
+        for index in range(self._count):
+            found = self._wait([self._workers[worker].differing.remote(self._trainer.gather_bucket(index))], "differing")[0]
+            if found:
+                return f"the first tensor that differs in the engine is {found[0]}"
+        return "all bytes arrived as they left and every tensor that can be read back is equal, so the engine keeps a packed copy of an older one"
+
+    def _call(self, method: str, *arguments: Any) -> list[Any]:
+        return self._wait([getattr(worker, method).remote(*arguments) for worker in self._workers], method)
+
+    def _wait(self, refs: list[Any], operation: str) -> list[Any]:
+        return gather(refs, timeout=self._deadlines.push, actor="rollout worker", operation=operation, knob="deadlines.push")

@@ -1,0 +1,144 @@
+"""The rollout actor's half of a push over shared memory: checks what is announced, hands each bucket to the engine's process."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import uuid
+from pathlib import Path
+from typing import Any
+
+from raysys.batch import Bucket
+from raysys.errors import WeightSyncError
+
+Manifest = dict[str, tuple[tuple[int, ...], str]]
+
+_MEMORY = Path("/dev/shm")
+_PREFIX = "raysys-push-"
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class SharedMemoryReceiver:
+    """Serves one engine on this node: any engine on CPU, and GPU engines that are no peers of a process group."""
+
+    def __init__(self) -> None:
+        self._expected: dict[str, tuple[int, ...]] | None = None
+        self._announced: Manifest = {}
+        self._arrived: set[str] = set()
+        sweep()
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """What vLLM's `AsyncEngineArgs` need so that its worker knows the backend."""
+        from vllm.config import WeightTransferConfig
+
+        return {
+            "worker_extension_cls": "raysys.weights.engine_backend.WeightExtension",
+            "weight_transfer_config": WeightTransferConfig(backend="raysys_shared_memory"),
+        }
+
+    async def ready(self, engine: Any, model: str) -> None:
+        """Once, when the engine is up."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        self._expected = shapes_of(model)
+
+    async def begin(self, engine: Any, manifest: Manifest) -> None:
+        """Raises WeightSyncError for the first name or shape that the engine's model does not have; nothing is touched then."""
+        self._check(manifest)
+        self._announced, self._arrived = dict(manifest), set()
+        try:
+            await engine.start_weight_update()
+        except Exception:
+            # An update that failed half-way may have left the session open: close it, then begin anew.
+            await engine.finish_weight_update()
+            await engine.start_weight_update()
+
+    async def update(self, engine: Any, bucket: Bucket) -> None:
+        """Raises WeightSyncError for a tensor that was not announced so."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        for name, shape, dtype in zip(bucket.names, bucket.shapes, bucket.dtypes, strict=True):
+            if self._announced.get(name) != (tuple(shape), dtype):
+                raise WeightSyncError(f"tensor {name} came as {list(shape)} {dtype}, announced was {self._announced.get(name)}")
+        with _Shared(bucket) as layout:
+            await engine.update_weights(WeightTransferUpdateRequest(update_info=layout))
+        arrived = (await engine.collective_rpc("raysys_digests"))[0]
+        for name, sent in zip(bucket.names, bucket.digests, strict=True):
+            if arrived.get(name) != sent:
+                raise WeightSyncError(f"tensor {name} arrived with other bytes than it left with", "a push of all weights makes the engine usable again")
+        self._arrived.update(bucket.names)
+
+    async def finish(self, engine: Any, version: int) -> dict[str, str]:
+        """Digest by name, as arrived. Raises WeightSyncError naming the first announced tensor that never came."""
+        missing = [name for name in self._announced if name not in self._arrived]
+        if missing:
+            raise WeightSyncError(f"{len(missing)} announced tensors never came, the first is {missing[0]}")
+        digests = (await engine.collective_rpc("raysys_digests"))[0]
+        await engine.finish_weight_update(weight_version=str(version))
+        return digests
+
+    async def differing(self, engine: Any, bucket: Bucket) -> list[str]:
+        """Names of this bucket that can be read back from the engine and are not equal."""
+        with _Shared(bucket) as layout:
+            return (await engine.collective_rpc("raysys_differing", args=(layout,)))[0]
+
+    def close(self) -> None:
+        sweep()
+
+    def _check(self, manifest: Manifest) -> None:
+        if self._expected is None:
+            return
+        for name, (shape, _) in manifest.items():
+            want = self._expected.get(name)
+            if want is None and name == "lm_head.weight":  # tied: not in the file, sent all the same
+                want = self._expected.get("model.embed_tokens.weight")
+            if want is None or tuple(shape) != want:
+                raise WeightSyncError(f"tensor {name} has shape {list(shape)}, the engine's model has {list(want) if want else 'no such tensor'}")
+        for name in self._expected:
+            if name not in manifest:
+                raise WeightSyncError(f"tensor {name} of the engine's model is not among the {len(manifest)} that are announced")
+
+
+class _Shared:
+    """A bucket's bytes in a file of shared memory for the time of a block; gives the layout that names it."""
+
+    def __init__(self, bucket: Bucket):
+        self._bucket = bucket
+        self._path = _MEMORY / f"{_PREFIX}{os.getpid()}-{uuid.uuid4().hex}"
+
+    def __enter__(self) -> dict[str, Any]:
+        bucket = self._bucket
+        with open(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(memoryview(bucket.data))
+        return {
+            "path": str(self._path),
+            "names": list(bucket.names),
+            "shapes": [list(shape) for shape in bucket.shapes],
+            "dtypes": list(bucket.dtypes),
+            "offsets": list(bucket.offsets),
+        }
+
+    def __exit__(self, *exc: object) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def sweep() -> None:
+    """Removes what killed processes left in shared memory; files of living ones stay."""
+    for path in _MEMORY.glob(f"{_PREFIX}*"):
+        owner = path.name.removeprefix(_PREFIX).partition("-")[0]
+        if not (Path("/proc") / owner).exists() or int(owner) == os.getpid():
+            path.unlink(missing_ok=True)
+
+
+def shapes_of(model: str) -> dict[str, tuple[int, ...]] | None:
+    """Shape by name from the headers of a folder's safetensors files; None for a hub id, whose engine has only its own checks."""
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with open(file, "rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(size))
+        shapes |= {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return shapes or None
