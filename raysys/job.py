@@ -170,7 +170,12 @@ def about(job: str, config: Run, started: float) -> dict[str, Any]:
         "versions": versions(),
         "seeds": {"seed": config.seed},
         "code_revision": code_revision(),
-        "machine": {"cores": os.cpu_count(), "system": platform.system(), "processor": platform.machine(), "python": platform.python_version()},
+        "machine": {
+            "cores": os.cpu_count(),
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "python": platform.python_version(),
+        },
         "started": _stamp(started),
     }
 
@@ -227,6 +232,7 @@ def connect() -> None:
         ConfigError: the cluster refuses or does not answer.
     """
     import ray
+    import ray.exceptions
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     address = os.environ.get("RAY_ADDRESS", "")
@@ -239,5 +245,6 @@ def connect() -> None:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"cannot join Ray at RAY_ADDRESS={address}: {first}", "check the address and the token (RAY_AUTH_TOKEN_PATH)") from None
-
+        raise ConfigError(
+            f"cannot join Ray at RAY_ADDRESS={address}: {first}", "check the address and the token (RAY_AUTH_TOKEN_PATH)"
+        ) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -102,8 +102,12 @@ def _sum(bundles: Sequence[dict[str, float]]) -> dict[str, float]:
     return total
 
 
-def _plain(resources: dict[str, float]) -> dict[str, float]:
-    return {name: amount for name, amount in sorted(resources.items()) if name in ("CPU", "GPU") or not name.startswith(("node:", "memory", "object"))}
+def _plain(resources: Mapping[str, float]) -> dict[str, float]:
+    return {
+        name: amount
+        for name, amount in sorted(resources.items())
+        if name in ("CPU", "GPU") or not name.startswith(("node:", "memory", "object"))
+    }
 
 
 class Stopwatch:

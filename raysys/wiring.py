@@ -305,7 +305,9 @@ def _evaluator(
     if part is None:
         return NoEvaluation()
     prompts = held_out(part, tokenizer, config)
-    sampling = Sampling(temperature=part.temperature, top_p=1.0, max_tokens=config.max_response_tokens, seed=config.seed, greedy=part.samples == 1)
+    sampling = Sampling(
+        temperature=part.temperature, top_p=1.0, max_tokens=config.max_response_tokens, seed=config.seed, greedy=part.samples == 1
+    )
     decoder = Decoder(tokenizer)
     return Evaluator(
         generate=lambda rows: pool.generate(rows, sampling),
@@ -342,5 +344,11 @@ def _new_model(config: SftConfig, folder: Path) -> str:
         new_causal(config.new_model, start, config.seed)
 
     if not (start / "config.json").is_file():
-        get(ray.remote(num_cpus=1)(make).remote(), timeout=config.deadlines.start, actor="model maker", operation="new_model", knob="deadlines.start")
+        get(
+            ray.remote(num_cpus=1)(make).remote(),
+            timeout=config.deadlines.start,
+            actor="model maker",
+            operation="new_model",
+            knob="deadlines.start",
+        )
     return str(start)

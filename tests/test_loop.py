@@ -27,7 +27,15 @@ def launch(folder: Path, steps: int = 7, die_in: str = "", die_at: int = -1, eve
             trainer.load(str(ledger.resume_point / "trainer"))
             source.restore(ledger.cursor() or {})
         parts = Parts(source, FakeScorers(), FakeObjective(), trainer, FakeWeights(), ledger, NoEvaluation(), FileMetrics(folder))
-        targets = {"take": source, "annotate": parts.scorers, "step": trainer, "push": parts.weights, "write": parts.metrics, "commit": ledger, "save": trainer}
+        targets = {
+            "take": source,
+            "annotate": parts.scorers,
+            "step": trainer,
+            "push": parts.weights,
+            "write": parts.metrics,
+            "commit": ledger,
+            "save": trainer,
+        }
         if die_in:
             _break(targets[die_in], die_in, die_at)
         end = train(parts, steps=steps, batch=3, checkpoint_every=every)
@@ -69,7 +77,7 @@ def test_a_kill_in_any_phase_changes_nothing(tmp_path: Path, phase: str, at: int
         assert phase == "save", "only a checkpoint that is never reached may go unharmed"
     except Killed:
         pass
-    resumed, _ = launch(tmp_path / "hit")
+    _resumed, _ = launch(tmp_path / "hit")
     assert records(tmp_path / "hit") == records(tmp_path / "calm")
     assert trained(tmp_path / "hit") == trained(tmp_path / "calm") == [f"p{i}@0/0" for i in range(21)]
     if (tmp_path / "hit/checkpoints/step_00000007").exists():

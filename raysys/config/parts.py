@@ -43,7 +43,7 @@ class Data(Config):
     """JSONL or Parquet file, folder or glob; local, s3://, gs:// or hf://. Columns: `prompt` (text or chat messages), optional `id`, `domain`, `answer`, `verifier`, `metadata`."""
     source: Procedural | None = None
     shuffle: bool = True
-    max_bad_share: float = Field(0.01, ge=0, le=1)
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)
     """The run fails when a larger share of rows is unusable."""
     default_verifier: str = "exact"
     """Verifier of rows that name none and have an answer."""
@@ -66,7 +66,7 @@ class Rollout(Config):
     workers: PositiveInt = placed(1)
     tensor_parallel: PositiveInt = placed(1)
     temperature: PositiveFloat = 1.0
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     max_sequences: PositiveInt = placed(128)
     """Sequences an engine decodes at once."""
     max_batched_tokens: PositiveInt = placed(2048)

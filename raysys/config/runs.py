@@ -37,7 +37,7 @@ class EvaluationPart(Config):
     """Rows a domain."""
     samples: PositiveInt = 1
     """1 is greedy; more is avg@k at `temperature`."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
 
 
 class GopdConfig(Run):
@@ -49,7 +49,7 @@ class GopdConfig(Run):
     """Domain tag to folder; `default` serves rows without a tag."""
     reference: str | None = None
     """Needed when reward_scale != 1: usually the student's own initial folder, or the teacher's pre-RL model (reward correction)."""
-    reward_scale: float = Field(1.0, ge=0)
+    reward_scale: float = Field(default=1.0, ge=0)
     data: Data
     steps: PositiveInt = placed(50)
     batch: PositiveInt = 1024
@@ -63,9 +63,9 @@ class GopdConfig(Run):
     learning_rate: PositiveFloat = 1e-5
     aggregation: Literal["token", "sequence_token_mean", "sequence_token_sum"] = "token"
     importance_cap: PositiveFloat = 5.0
-    clip_low: float = Field(0.2, ge=0)
-    clip_high: float = Field(0.2, ge=0)
-    dual_clip: float = Field(3.0, gt=1)
+    clip_low: float = Field(default=0.2, ge=0)
+    clip_high: float = Field(default=0.2, ge=0)
+    dual_clip: float = Field(default=3.0, gt=1)
     rollout: Rollout = Rollout()
     scoring: Scoring = Scoring()
     trainer: Trainer = Trainer()
@@ -88,7 +88,9 @@ class GopdConfig(Run):
         if self.max_age > 0:
             raise ValueError(f"max_age={self.max_age}: asynchronous generation is not built yet; use max_age=0")
         if self.batch * self.samples < self.trainer.mini_batches:
-            raise ValueError(f"trainer.mini_batches={self.trainer.mini_batches} exceeds the {self.batch * self.samples} responses of a step")
+            raise ValueError(
+                f"trainer.mini_batches={self.trainer.mini_batches} exceeds the {self.batch * self.samples} responses of a step"
+            )
         if self.evaluate_every is not None and self.evaluation is None:
             raise ValueError("evaluate_every is set but evaluation is not; give evaluation.data")
         return self
@@ -105,6 +107,8 @@ class NewModel(Config):
     head_dim: PositiveInt = 32
     ffn_size: PositiveInt = 288
     tied: bool = False
+    initializer_range: PositiveFloat = 0.1
+    """Standard deviation of the first weights. About 1/sqrt(hidden_size): the 0.02 of large models makes small ones slow to learn."""
     context: PositiveInt = 128
 
 

@@ -1,148 +1,178 @@
-"""What can be known of data and tokenizers before any actor starts. Plain Python and pyarrow; Ray is not up yet."""
+"""What can be known of data and tokenizers before any actor starts. Plain Python and pyarrow: Ray is not up yet."""
 
 from __future__ import annotations
 
-import glob
 import itertools
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from raysys.config.parts import Data
-from raysys.data.procedural import check_source
-from raysys.data.sources import BadRows, Encoding, is_parquet
-from raysys.data.text import load_tokenizer
-from raysys.errors import ConfigError
+from raysys.data.files import open_files
+from raysys.data.procedural import Mixture, check
+from raysys.data.rows import BadRow, BadRows, Row
+from raysys.data.sources import UnitReader
+from raysys.data.stream import encoder_for
+from raysys.data.text import Encoder, context_length, load_tokenizer
+from raysys.errors import ConfigError, DataError
 
-SCANNED = 20_000
-"""Rows of a file that are looked at before the start; the others are judged as they come."""
+SCANNED = 100_000
+"""Rows of a file that are looked at; the ones behind are judged as they come."""
+TRIED = 64
+"""Rows made of each procedural domain."""
+_TOGETHER = 1024
+
+Found = tuple[str, Row | BadRow]
+"""Where a row is, and what it is."""
 
 
-def preflight(data: Data, tokenizer: str | None, *, max_prompt_tokens: int, max_response_tokens: int, domains: set[str] | None) -> None:
+def preflight(
+    data: Data,
+    tokenizer: str | None,
+    *,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    domains: Collection[str] | None = None,
+    supervised: bool = False,
+    check_verifier: Callable[[str], None] | None = None,
+) -> BadRows:
     """Checks a run's data.
 
     Args:
-        tokenizer: folder or id of the student; None: it is made by the run, prompt lengths are not checked.
-        domains: tags that have a teacher (`default` among them serves rows without a tag); None: any tag will do.
+        data: which source.
+        tokenizer: Hugging Face folder or id; None where the run makes its own, then nothing is said about lengths.
+        max_prompt_tokens, max_response_tokens: rows beyond are bad rows.
+        domains: tags that have a teacher, `default` for rows without a tag; None: any tag will do.
+        supervised: rows also need an answer.
+        check_verifier: raises DataError for a verifier that it does not know.
+
+    Returns:
+        The unusable rows among those looked at, fewer than `data.max_bad_share`.
 
     Raises:
-        ConfigError: missing or empty data set, unknown task, domain without a teacher, prompt and response longer than the model's context.
-        DataError: too large a share of bad rows, named by file and line.
+        ConfigError: data set missing or empty, no tokenizer, unknown task, a configured domain without a teacher, lengths beyond the
+            model's context.
+        DataError: too many unusable rows; a row with an unknown tag, with none where there is no default teacher, with an id used
+            before, or with an unknown verifier. Each names the row.
     """
     if tokenizer is not None:
-        check_context(tokenizer, max_prompt_tokens + max_response_tokens)
-    if data.source is not None:
-        check_source(data.source)
-        for name in data.source.domains:
-            _check_domain(name, f"data.source.domains.{name}", domains)
-        return
-    encoding = None if tokenizer is None else Encoding(tokenizer, data, max_prompt_tokens, max_response_tokens, supervised=False)
-    bad, ids = BadRows(), {}
-    for where, raw in itertools.islice(read_plain(data.path or ""), SCANNED):
-        values, problem = _parse(raw)
-        if values is not None and not problem and encoding is not None:
-            problem = encoding.encode(values)["problem"]
-        if problem or values is None:
-            bad.add(where, problem)
+        _check_context(tokenizer, max_prompt_tokens, max_response_tokens)
+    encoder = None if tokenizer is None else encoder_for(data, tokenizer, max_prompt_tokens, max_response_tokens, supervised)
+    report = BadRows(data.max_bad_share)
+    seen: dict[str, str] = {}
+    verifiers: set[str] = set()
+    for where, row in _encoded(_procedural(data, domains) if data.source is not None else _of_files(data), encoder):
+        if isinstance(row, BadRow):
+            report.add(where, str(row))
             continue
-        bad.good += 1
-        _check_domain(str(values.get("domain") or ""), where, domains)
-        identity = values.get("id")
-        if identity is not None and ids.setdefault(identity, where) != where:
-            raise ConfigError(f"{where}: id {identity!r} is used before, at {ids[identity]}", "ids must be unique; leave them out to have them made")
-    if not bad.good:
-        raise ConfigError(f"data.path={data.path} has no usable row: {'; '.join(bad.examples) or 'it is empty'}", "check the file")
-    bad.check(data.max_bad_share, least=1)
+        report.good()
+        _check_tag(row, domains)
+        if (first := seen.setdefault(row.id, row.where)) != row.where:
+            raise DataError(
+                f"{row.where}: id '{row.id}' is used before, at {first}", "ids must be unique; leave the column out to have them made"
+            )
+        if check_verifier is not None and row.verifier not in verifiers:
+            _check_verifier(row, check_verifier)
+            verifiers.add(row.verifier)
+    report.check(complete=True)
+    if report.seen == report.bad:
+        named = "; ".join(report.examples[:5])
+        raise ConfigError(f"data.path={data.path} has no usable row" + (f": {named}" if named else ", only blank lines"), "check data.path")
+    return report
 
 
-def _parse(raw: Any) -> tuple[dict[str, Any] | None, str]:
-    if not isinstance(raw, str):
-        return raw, ""
+def _procedural(data: Data, domains: Collection[str] | None) -> Iterator[Found]:
+    assert data.source is not None
+    check(data.source)
+    for domain, task in data.source.domains.items():
+        if task.weight and domains is not None and domain not in domains:
+            raise ConfigError(
+                f"data.source.domains.{domain}: unknown domain tag '{domain}', there is no teacher for it",
+                f"teachers has {', '.join(sorted(domains))}; add teachers.{domain} or drop the domain",
+            )
+    for stream in Mixture(data.source, 0, data.shuffle, data.context_field).streams.values():
+        for _ in range(min(TRIED, data.source.size or TRIED)):
+            row, _ = stream.next()
+            yield row.where, row
+
+
+def _of_files(data: Data) -> Iterator[Found]:
+    files = open_files(data.path or "")
+    reader = UnitReader(files, None, data)
+    rows = itertools.chain.from_iterable(reader.parsed(unit) for unit in files.units)
+    return ((where, row) for where, row in itertools.islice(rows, SCANNED) if row is not None)
+
+
+def _encoded(found: Iterable[Found], encoder: Encoder | None) -> Iterator[Found]:
+    """Rows that do not encode become bad rows; many at once, because that is what tokenizers are fast at."""
+    if encoder is None:
+        yield from found
+        return
+    found = iter(found)
+    while together := list(itertools.islice(found, _TOGETHER)):
+        results = iter(encoder.encode([row for _, row in together if isinstance(row, Row)]))
+        for where, row in together:
+            result = next(results) if isinstance(row, Row) else row
+            yield where, result if isinstance(result, BadRow) else row
+
+
+def _check_tag(row: Row, domains: Collection[str] | None) -> None:
+    if domains is None or (row.domain or "default") in domains:
+        return
+    what = f"unknown domain tag '{row.domain}'" if row.domain else "no domain tag, and there is no default teacher"
+    raise DataError(f"{row.where}: {what}", f"teachers has {', '.join(sorted(domains))}; add a teacher or correct the data")
+
+
+def _check_verifier(row: Row, check_verifier: Callable[[str], None]) -> None:
     try:
-        values = json.loads(raw)
-    except json.JSONDecodeError as error:
-        return None, f"invalid JSON: {error.msg} at column {error.colno}"
-    return (values, "") if isinstance(values, dict) else (None, f"not an object: {type(values).__name__}")
+        check_verifier(row.verifier)
+    except DataError as error:
+        raise DataError(f"{row.where}: {error.message}", error.remedy) from None
 
 
-def _check_domain(tag: str, where: str, domains: set[str] | None) -> None:
-    if domains is None or tag in domains or (not tag and "default" in domains):
-        return
-    what = f"domain '{tag}' has no teacher" if tag else "the row has no domain and there is no default teacher"
-    raise ConfigError(f"{where}: {what}", f"teachers has: {', '.join(sorted(domains))}; add teachers.{tag or 'default'}")
-
-
-def read_plain(path: str) -> Iterator[tuple[str, Any]]:
-    """(`file:line`, raw row) of a JSONL or Parquet path; remote ones through pyarrow's file systems. Raises ConfigError when nothing is there."""
-    import pyarrow.fs as filesystems
-    import pyarrow.parquet as parquet
-
-    if "://" in path:
-        try:
-            system, inner = filesystems.FileSystem.from_uri(path)
-            infos = system.get_file_info(filesystems.FileSelector(inner)) if system.get_file_info(inner).type == filesystems.FileType.Directory else [system.get_file_info(inner)]
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"data.path={path} cannot be reached: {error}") from None
-        files = [info.path for info in infos if info.type == filesystems.FileType.File]
-    else:
-        system = filesystems.LocalFileSystem()
-        found = [str(entry) for entry in Path(path).iterdir()] if Path(path).is_dir() else glob.glob(path)
-        files = [name for name in found if Path(name).is_file()]
-    if not files:
-        raise ConfigError(f"data.path={path} does not exist", "check data.path")
-    for name in sorted(files):
-        if is_parquet(name):
-            number = itertools.count(1)
-            with system.open_input_file(name) as file:
-                for batch in parquet.ParquetFile(file).iter_batches():
-                    yield from ((f"{name}:{next(number)}", row) for row in batch.to_pylist())
-        else:
-            with system.open_input_stream(name) as stream:
-                for number, line in enumerate(_lines(stream), 1):
-                    yield f"{name}:{number}", line
-
-
-def _lines(stream: Any) -> Iterator[str]:
-    rest = b""
-    while chunk := stream.read(1 << 20):
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from (line.decode("utf-8", errors="replace") for line in whole)
-    if rest:
-        yield rest.decode("utf-8", errors="replace")
-
-
-def check_context(folder: str, tokens: int) -> None:
-    """Raises ConfigError when prompt and response together exceed what the model was built for."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        return
-    limit = json.loads(path.read_text()).get("max_position_embeddings")
-    if limit is not None and tokens > limit:
+def _check_context(folder: str, prompt: int, response: int) -> None:
+    limit = context_length(folder)
+    if limit is not None and prompt + response > limit:
         raise ConfigError(
-            f"max_prompt_tokens + max_response_tokens = {tokens} exceeds the context of {folder}, which is {limit}", "lower one of the two keys"
+            f"max_prompt_tokens={prompt} and max_response_tokens={response} together exceed the {limit} tokens that {folder} can hold",
+            "lower one of them",
         )
 
 
 def check_vocabularies(folders: Mapping[str, str]) -> None:
-    """Student, teachers and reference must share token ids: log-probs of ids mean nothing otherwise.
+    """Student, teachers and reference must mean the same by a token id. Ids without a token (padding of embeddings) do not count.
+
+    Args:
+        folders: what a model is called in the config ("student", "teachers.add") to its Hugging Face folder or id.
 
     Raises:
-        ConfigError: a tokenizer is missing, or two differ; names the first id whose texts differ.
+        ConfigError: a folder is missing or holds no model or no tokenizer; two vocabularies differ, with the first id that does.
     """
-    labels = list(folders)
-    first = _vocabulary(folders[labels[0]])
-    for label in labels[1:]:
-        other = _vocabulary(folders[label])
-        for token in sorted(first.keys() | other.keys()):
-            if first.get(token) != other.get(token):
-                raise ConfigError(
-                    f"{labels[0]} and {label} have different vocabularies: id {token} is {first.get(token)!r} and {other.get(token)!r}",
-                    "all models of a run must share a tokenizer",
-                )
+    first: tuple[str, dict[int, str]] | None = None
+    known: dict[str, dict[int, str]] = {}
+    for label, folder in folders.items():
+        if folder not in known:
+            known[folder] = _vocabulary(label, folder)
+        if first is None:
+            first = (label, known[folder])
+        elif known[folder] is not first[1]:
+            _compare(*first, label, known[folder])
 
 
-def _vocabulary(folder: str) -> dict[int, str]:
-    if "/" in folder and Path(folder).is_absolute() and not Path(folder).is_dir():
-        raise ConfigError(f"model folder {folder} does not exist")
-    return {index: token for token, index in load_tokenizer(folder).get_vocab().items()}
+def _vocabulary(label: str, folder: str) -> dict[int, str]:
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+        raise ConfigError(f"{label}={folder} holds no config.json", "give a Hugging Face folder; an export may be unfinished")
+    try:
+        return {number: token for token, number in load_tokenizer(folder).get_vocab().items()}
+    except ConfigError as error:
+        raise ConfigError(f"{label}: {error.message}", error.remedy) from None
+
+
+def _compare(one: str, vocabulary: Mapping[int, str], other: str, theirs: Mapping[int, str]) -> None:
+    if vocabulary == theirs:
+        return
+    number = min(number for number in vocabulary.keys() | theirs.keys() if vocabulary.get(number) != theirs.get(number))
+    mine, its = (repr(table[number]) if number in table else "no token" for table in (vocabulary, theirs))
+    raise ConfigError(
+        f"{one} and {other} have different vocabularies: id {number} is {mine} in {one} and {its} in {other}",
+        "all models of a run must share one tokenizer",
+    )

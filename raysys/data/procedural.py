@@ -1,143 +1,214 @@
-"""Rows made on the fly by reasoning-gym: verifiable tasks that need no download.
+"""Procedural rows: reasoning-gym tasks as prompts, without files and without Ray.
 
-The only module that imports reasoning-gym. A domain is an endless sequence of tasks numbered from 0; a split keeps the
-tasks whose text hashes into its share, so no task of one split ever appears in another. Evaluation splits give each
-task once. The cursor of a domain is the number of its next task.
+A domain's stream is the task's entries 0, 1, 2, ... under one seed, less those whose question belongs to another split. The split
+is a hash of the question alone (case and spacing aside), not of seed, parameters, style or domain, so no question of `choose` or
+`report` is ever met in `train`, whatever the configs of the runs. `train` streams also depend on the run's seed; the held-out
+splits do not, so runs with different seeds are compared on the same tasks. A `train` stream draws with replacement; a held-out one
+gives each question once.
+
+Styles. `plain` asks the task's own question; its answer is the target. `scratchpad` is short enough for a small character model:
+
+| task | prompt | target | judged by |
+|---|---|---|---|
+| chain_sum | `42-25=` | `71>17`: the answer reversed, then the answer; `15-43=`: `82->-28` | the text after the last `>` |
+| spell_backward | `neon<` | `noen` | the whole text |
+
+Row ids: `<domain>:<number in the stream>`, held-out ones `<split>/<domain>:<number>`.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import json
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from raysys import tasks
 from raysys.config.parts import Procedural, Task
-from raysys.errors import ConfigError, DataError
+from raysys.data.rows import Row
+from raysys.errors import CheckpointError, ConfigError, DataError
 
-_SHARES = {"train": range(0, 80), "choose": range(80, 90), "report": range(90, 100)}
-_PATIENCE = 20_000
-
-
-@dataclass(frozen=True)
-class Row:
-    """One task as text. `target` is what a supervised run learns to write, `answer` what the verifier compares with."""
-
-    id: str
-    domain: str
-    prompt: str
-    target: str
-    answer: str
-    verifier: str
-    metadata: str
+SPLITS = {"train": range(8), "choose": range(8, 9), "report": range(9, 10)}
+"""Tenths of all questions that each split owns."""
+PATIENCE = 20_000
+"""Entries of other splits in a row before a task is said to have none for this one."""
 
 
-class DomainStream:
-    """One domain of a procedural source.
+def split_of(question: str) -> str:
+    """The split that owns this question."""
+    text = " ".join(question.casefold().split())
+    tenth = _hash("split", text) % 10
+    return next(name for name, tenths in SPLITS.items() if tenth in tenths)
 
-    Args:
-        name: the domain's tag.
-        task: what to make.
-        source: split, size and seed.
-        seed: the run's seed; the evaluation splits do not depend on it, so every run is measured on the same tasks.
+
+def render(task: Task, entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Prompt, target and verifier of an entry in the task's style."""
+    if task.style == "scratchpad":
+        return _SCRATCHPADS[task.task](entry)
+    return entry["question"], entry["answer"] or "", f"reasoning_gym:{task.task}"
+
+
+def _sum(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    answer = entry["answer"]
+    return entry["metadata"]["expression"].replace(" ", "") + "=", f"{answer[::-1]}>{answer}", "scratchpad:chain_sum"
+
+
+def _backward(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    return entry["metadata"]["word"] + "<", entry["answer"], "reasoning_gym:spell_backward"
+
+
+_SCRATCHPADS: dict[str, Callable[[Mapping[str, Any]], tuple[str, str, str]]] = {"chain_sum": _sum, "spell_backward": _backward}
+
+
+def check(config: Procedural) -> None:
+    """Raises ConfigError: no domain with a weight, an unknown task, wrong params, or a style that the task does not have."""
+    if not any(task.weight for task in config.domains.values()):
+        raise ConfigError("data.source.domains gives no domain a weight above 0")
+    for domain, task in config.domains.items():
+        try:
+            tasks.check(task.task, task.params)
+        except ConfigError as error:
+            raise ConfigError(f"data.source.domains.{domain}: {error.message}", error.remedy) from None
+        if task.style == "scratchpad" and task.task not in _SCRATCHPADS:
+            raise ConfigError(
+                f"data.source.domains.{domain}: task '{task.task}' has no scratchpad style (only {', '.join(_SCRATCHPADS)} have)",
+                "use style: plain",
+            )
+
+
+class Stream:
+    """One domain's rows in order. The cursor is (row, entry): rows given so far, and the entry to look at next.
+
+    With `size` rows the stream repeats: each later epoch has the same rows, in an order of its own if `shuffle`.
+    Restoring costs nothing for an endless `train` stream; a held-out or repeating one draws its rows again (10 us each).
     """
 
-    def __init__(self, name: str, task: Task, source: Procedural, seed: int):
-        self.name = name
-        self._task, self._split, self._size = task, source.split, source.size
-        base = f"{name}/{task.task}/{source.seed}" + (f"/{seed}" if source.split == "train" else "")
-        self._seed = int.from_bytes(hashlib.blake2b(base.encode(), digest_size=6).digest(), "big")
-        self._tasks = dataset(task.task, json.dumps(task.params, sort_keys=True), self._seed)
+    def __init__(self, domain: str, task: Task, source: Procedural, seed: int, shuffle: bool, context_field: str | None = None):
+        self._domain, self._task, self._split, self._size = domain, task, source.split, source.size
+        self._shuffle, self._context = shuffle, context_field
+        self._seed = _hash("seed", source.seed, seed if source.split == "train" else 0, source.split, domain, task.task) % tasks.SEEDS
+        self._params = tasks.canonical(task.params)
+        self._row = self._entry = 0
         self._seen: set[str] | None = None if source.split == "train" else set()
-        self._next, self._given = 0, 0
+        self._pool: list[Row] = []
+        self._order: tuple[int, list[int]] = (0, [])
+
+    def next(self) -> tuple[Row, int]:
+        """The next row and its epoch. Raises DataError: the task has no question for this split."""
+        row, self._row = self._row, self._row + 1
+        if self._size is None:
+            return self._draw(row), 0
+        epoch, place = divmod(row, self._size)
+        place = self._place(epoch, place)
+        while len(self._pool) <= place:
+            self._pool.append(self._draw(len(self._pool)))
+        return self._pool[place], epoch
 
     def state(self) -> dict[str, int]:
-        return {"next": self._next, "given": self._given}
+        return {"row": self._row, "entry": self._entry}
 
-    def restore(self, state: dict[str, int]) -> None:
-        self._next, self._given = 0, 0
-        if self._seen is None:
-            self._next, self._given = state["next"], state["given"]
-            return
-        self._seen.clear()  # which tasks were given already is part of an evaluation split's state: walk there again
-        while self._next < state["next"]:
-            self.row()
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Back to where `state` was taken."""
+        self._row = state["row"]
+        if self._size is None and self._seen is None:
+            self._entry = state["entry"]
+        elif self._size is None:
+            self._entry, self._seen = 0, set()
+            while self._entry < state["entry"]:
+                self._draw(0)
 
-    def row(self) -> Row:
-        """The next task. Raises DataError when the split has no further distinct task."""
-        if self._size is not None and self._given and self._given % self._size == 0:
-            self._next = 0
-            if self._seen is not None:
-                self._seen.clear()
-        for _ in range(_PATIENCE):
-            entry, number = self._tasks[self._next], self._next
-            self._next += 1
+    def _place(self, epoch: int, place: int) -> int:
+        if epoch == 0 or not self._shuffle:
+            return place
+        if self._order[0] != epoch:
+            keys = [_hash("order", self._seed, epoch, number) for number in range(self._size or 0)]
+            self._order = (epoch, sorted(range(len(keys)), key=keys.__getitem__))
+        return self._order[1][place]
+
+    def _draw(self, number: int) -> Row:
+        for _ in range(PATIENCE):
+            index, self._entry = self._entry, self._entry + 1
+            entry = tasks.entry(self._task.task, self._params, self._seed, index)
             question = entry["question"]
-            if _share(question) in _SHARES[self._split] and (self._seen is None or question not in self._seen):
-                break
-        else:
-            raise DataError(
-                f"domain {self.name}: no further task of split '{self._split}' among {_PATIENCE} tries, {self._given} were given",
-                "ask for fewer rows, set data.source.size, or widen the task's params",
-            )
-        if self._seen is not None:
-            self._seen.add(question)
-        round_ = 0 if self._size is None else self._given // self._size
-        self._given += 1
-        return self._written(entry, f"{self.name}:{number}@{round_}")
+            if split_of(question) != self._split or (self._seen is not None and question in self._seen):
+                continue
+            if self._seen is not None:
+                self._seen.add(question)
+            return self._row_of(entry, number, index)
+        raise DataError(
+            f"domain {self._domain}: no further question of '{self._task.task}' for split '{self._split}' among {PATIENCE} entries, "
+            f"{number} were given",
+            "ask for fewer rows, set data.source.size, or give the task more distinct questions (params)",
+        )
 
-    def _written(self, entry: dict[str, Any], row_id: str) -> Row:
-        answer, metadata = str(entry["answer"]), json.dumps(entry["metadata"], default=str)
-        task, prompt, target, verifier = self._task.task, entry["question"], str(entry["answer"]), f"reasoning_gym:{self._task.task}"
-        if self._task.style == "scratchpad":
-            if task == "chain_sum":  # least significant digit first, as sums are worked; what follows `>` is the answer
-                prompt, target = entry["metadata"]["expression"].replace(" ", "") + "=", f"{answer[::-1]}>{answer}"
-                verifier = f"scratchpad:{task}"
-            else:
-                prompt = entry["metadata"]["word"] + "<"
-        return Row(row_id, self.name, prompt, target, answer, verifier, metadata)
+    def _row_of(self, entry: Mapping[str, Any], number: int, index: int) -> Row:
+        prompt, target, verifier = render(self._task, entry)
+        row_id = f"{self._domain}:{number}" if self._split == "train" else f"{self._split}/{self._domain}:{number}"
+        return Row(
+            id=row_id,
+            where=f"domain {self._domain}, row {number}",
+            prompt=prompt,
+            domain=self._domain,
+            answer=entry["answer"] or "",
+            target=target,
+            verifier=verifier,
+            metadata=tasks.recipe(self._task.params, self._seed, index),
+            context=None if self._context is None else self._context_of(entry, target),
+        )
 
-
-@functools.lru_cache(maxsize=64)
-def dataset(task: str, params: str, seed: int) -> Any:
-    """A reasoning-gym data set; `params` as JSON. Raises ConfigError naming the task."""
-    import reasoning_gym
-
-    try:
-        return reasoning_gym.create_dataset(task, seed=seed, size=2**31, **json.loads(params))
-    except (ValueError, TypeError, AssertionError) as error:
-        raise ConfigError(f"data.source: reasoning-gym cannot make task '{task}' with {params}: {error}") from None
+    def _context_of(self, entry: Mapping[str, Any], target: str) -> str:
+        fields = {"question": entry["question"], "answer": entry["answer"], "target": target, **entry["metadata"]}
+        if self._context not in fields:
+            raise ConfigError(f"data.context_field={self._context}: domain {self._domain} has {', '.join(fields)}")
+        return str(fields[self._context])
 
 
-def check_source(source: Procedural) -> None:
-    """Raises ConfigError for an unknown task, bad params, or a style that the task has no form for."""
-    if not source.domains:
-        raise ConfigError("data.source.domains is empty", "name at least one domain")
-    if not any(task.weight for task in source.domains.values()):
-        raise ConfigError("data.source.domains: every weight is 0")
-    for name, task in source.domains.items():
-        if task.style == "scratchpad" and task.task not in ("chain_sum", "spell_backward"):
-            raise ConfigError(f"data.source.domains.{name}: task '{task.task}' has no scratchpad style", "use style: plain")
-        DomainStream(name, task, source, seed=0)
+class Mixture:
+    """The domains' streams woven together by weight.
 
-
-def shares(weights: dict[str, int], rows: int, already: dict[str, int]) -> list[str]:
-    """Domain of each of the next `rows` rows: always the one that is furthest behind its share, so any prefix is balanced.
-
-    Args:
-        weights: share of each domain.
-        already: rows given before, by domain; changed in place.
+    Which domain a place belongs to is a fixed pattern, as long as the weights' sum over their common divisor and spread as evenly as
+    whole numbers allow. So any run of rows that is a multiple of it, wherever it starts, has the exact proportions: 512 rows of
+    weights 1:1 are 256 and 256, 128 rows of weights 7:1 are 112 and 16. The cursor is the place, and each stream's own.
     """
-    total = sum(weights.values())
-    order = []
-    for _ in range(rows):
-        given = sum(already.values()) + 1
-        name = max(weights, key=lambda one: weights[one] * given / total - already[one])
-        already[name] += 1
-        order.append(name)
-    return order
+
+    def __init__(self, source: Procedural, seed: int, shuffle: bool, context_field: str | None = None):
+        check(source)
+        self.streams = {
+            domain: Stream(domain, task, source, seed, shuffle, context_field) for domain, task in source.domains.items() if task.weight
+        }
+        self._pattern = pattern({domain: source.domains[domain].weight for domain in self.streams})
+        self._place = 0
+
+    def places(self, count: int) -> list[str]:
+        """The domains of the next `count` rows."""
+        start, self._place = self._place, self._place + count
+        return [self._pattern[place % len(self._pattern)] for place in range(start, start + count)]
+
+    def state(self) -> dict[str, Any]:
+        return {"place": self._place, "streams": {domain: stream.state() for domain, stream in self.streams.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if set(state.get("streams", ())) != set(self.streams):
+            raise CheckpointError(
+                f"the data cursor is of domains {sorted(state.get('streams', ()))}, this run has {sorted(self.streams)}",
+                "resume with the run's own config",
+            )
+        self._place = state["place"]
+        for domain, stream in self.streams.items():
+            stream.restore(state["streams"][domain])
 
 
-def _share(question: str) -> int:
-    return int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big") % 100
+def pattern(weights: Mapping[str, int]) -> list[str]:
+    """The shortest sequence with these proportions, each domain spread evenly."""
+    divisor = math.gcd(*weights.values())
+    spots = [
+        ((number + 0.5) / weight, order, domain)
+        for order, (domain, weight) in enumerate(weights.items())
+        for number in range(weight // divisor)
+    ]
+    return [domain for _, _, domain in sorted(spots)]
+
+
+def _hash(*parts: Any) -> int:
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())

@@ -1,221 +1,308 @@
-"""Rows of JSONL and Parquet files, streamed by Ray Data in a fixed order.
+"""Rows of files, streamed by Ray Data: read, parsed, templated and encoded in tasks, given out in an order that a resume repeats.
 
-Ray tasks read, parse, template and encode; the reader names each bad row by file and line. Any path that pyarrow's
-file systems know will do: local, s3://, gs://, hf://; a file, a folder or a glob.
+An epoch's order: the units (1,024 lines, or a Parquet row group) are permuted, consecutive ones form windows of about `WINDOW`
+rows, and the rows of a window are permuted. So a data set of one window is shuffled completely, and a larger one as well as its
+units are small. Without shuffling both orders are the files' own. A data set of one window is read once and kept.
 """
 
 from __future__ import annotations
 
-import glob
-import json
-import random
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import queue
+import threading
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
+from raysys.batch import SCHEMA, Batch
 from raysys.config.parts import Data
-from raysys.data.text import encode_answers, load_tokenizer, render
-from raysys.errors import DataError
+from raysys.data.files import Files, Raw, Unit, open_files
+from raysys.data.rows import BadRow, BadRows, Row, parse
+from raysys.data.text import Encoded, Encoder
+from raysys.errors import CheckpointError, DataError, DeadlineError, InfrastructureError, RaysysError
+from raysys.runtime import first_cause
 
-SHUFFLE_WINDOW = 65_536
-"""Rows held to shuffle an epoch; a data set smaller than this is shuffled completely."""
-_OUTPUT = ("id", "domain", "prompt_ids", "teacher_prompt_ids", "answer", "verifier", "metadata", "response_ids", "problem")
+WINDOW = 16_384
+"""Rows that are held to be shuffled."""
+_TASK_ROWS = 4096
+_TASKS = 1024
+"""Rows that are worth a task of their own (each may start a process), and tasks at most."""
+_STOP_SECONDS = 5.0
+_CPUS = 0.5
+"""Of a task: a job's actors may have booked all but little."""
+_AHEAD = 1
+"""Windows read before they are asked for."""
 
-
-@dataclass
-class BadRows:
-    """Counts of what could not be used, with the first few by name."""
-
-    good: int = 0
-    bad: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
-
-    def add(self, where: str, why: str) -> None:
-        self.bad += 1
-        self.reasons[why.partition(":")[0]] += 1
-        if len(self.examples) < 5:
-            self.examples.append(f"{where}: {why}")
-
-    def check(self, share: float, least: int = 100) -> None:
-        """Raises DataError when more than `share` of at least `least` rows were bad."""
-        seen = self.good + self.bad
-        if seen >= least and self.bad > share * seen:
-            raise DataError(f"{self.bad} of {seen} rows are unusable: {'; '.join(self.examples)}", "mend the file, or raise data.max_bad_share")
-
-    def lines(self) -> list[str]:
-        """What a person should know of it; empty when all was well."""
-        if not self.bad:
-            return []
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
-        return [f"data: {self.bad} of {self.good + self.bad} rows left out ({reasons}); first: {'; '.join(self.examples)}"]
+_OPTIONAL = ("teacher_prompt_ids", "response_ids")
+_KEPT = ("domain", "prompt_ids", "answer", "verifier", "metadata", *_OPTIONAL)
+_COLUMNS = pa.schema(
+    [("unit", pa.int32()), ("where", pa.string()), ("id", pa.string()), *((name, SCHEMA[name]) for name in _KEPT), ("error", pa.string())]
+)
+_BLANK = "blank"
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """How text rows become token rows. Travels to Ray's tasks."""
+class UnitReader:
+    """Units to rows; travels to Ray's tasks. Without an encoder it only parses."""
 
-    tokenizer: str
+    files: Files
+    encoder: Encoder | None
     data: Data
-    max_prompt_tokens: int
-    max_response_tokens: int
-    supervised: bool
 
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Ray Data batch of raw rows to encoded rows; a row that cannot be used carries its `problem`."""
-        raws = batch["text"] if "text" in batch else _records(batch)
-        rows = [self.encode(raw) for raw in raws]
-        return {"path": [str(path) for path in batch["path"]]} | {name: [row[name] for row in rows] for name in _OUTPUT}
+    def parsed(self, unit: Unit) -> Iterator[tuple[str, Row | BadRow | None]]:
+        """`file:number` and the row, why there is none, or None for a blank line."""
+        for raw in self.files.read(unit):
+            where = f"{unit.name}:{raw.number}"
+            yield where, self._row(raw, where)
 
-    def encode(self, raw: str | Mapping[str, Any]) -> dict[str, Any]:
-        """One row; never raises for what the row holds."""
-        row: dict[str, Any] = {name: "" for name in _OUTPUT} | {"prompt_ids": [], "teacher_prompt_ids": [], "response_ids": []}
+    def _row(self, raw: Raw, where: str) -> Row | BadRow | None:
+        if raw.error:
+            return BadRow(raw.error)
+        if raw.record is None:
+            return None
         try:
-            values = json.loads(raw) if isinstance(raw, str) else dict(raw)
-        except json.JSONDecodeError as error:
-            return row | {"problem": f"invalid JSON: {error.msg} at column {error.colno}"}
-        problem = _shape_problem(values, self.supervised)
-        if problem:
-            return row | {"problem": problem}
-        tokenizer = load_tokenizer(self.tokenizer)
-        try:
-            row["prompt_ids"] = render(tokenizer, values["prompt"], self.data.enable_thinking)
-            if self.data.context_field is not None:
-                row["teacher_prompt_ids"] = render(tokenizer, self._with_context(values), self.data.enable_thinking)
-        except (ValueError, TypeError, KeyError) as error:
-            return row | {"problem": f"prompt cannot be rendered: {error}"}
-        answer = values.get("answer")
-        row |= {name: str(values[name]) for name in ("id", "domain", "verifier") if values.get(name) is not None}
-        row["answer"] = "" if answer is None else str(answer)
-        row["verifier"] = row["verifier"] or (self.data.default_verifier if answer is not None else "")
-        metadata = values.get("metadata")
-        row["metadata"] = metadata if isinstance(metadata, str) else json.dumps(metadata) if metadata is not None else ""
-        if self.supervised:
-            row["response_ids"] = encode_answers(tokenizer, [row["answer"]])[0]
-        return row | {"problem": self._length_problem(row)}
+            return parse(
+                raw.record, where=where, row_id=where, default_verifier=self.data.default_verifier, context_field=self.data.context_field
+            )
+        except BadRow as reason:
+            return reason
 
-    def _length_problem(self, row: Mapping[str, Any]) -> str:
-        if not len(row["prompt_ids"]):
-            return "empty prompt"
-        if len(row["prompt_ids"]) > self.max_prompt_tokens:
-            return f"prompt too long: {len(row['prompt_ids'])} tokens, max_prompt_tokens is {self.max_prompt_tokens}"
-        if len(row["response_ids"]) > self.max_response_tokens:
-            return f"answer too long: {len(row['response_ids'])} tokens, max_response_tokens is {self.max_response_tokens}"
-        return ""
-
-    def _with_context(self, values: Mapping[str, Any]) -> Any:
-        """The prompt as the teacher reads it: its last user turn with the context put in."""
-        context, prompt = values[self.data.context_field or ""], values["prompt"]
-        template = self.data.context_template
-        if isinstance(prompt, str):
-            return template.replace("{context}", str(context)).replace("{prompt}", prompt)
-        messages = [dict(message) for message in prompt]
-        last = max(i for i, message in enumerate(messages) if message.get("role") == "user")
-        messages[last]["content"] = template.replace("{context}", str(context)).replace("{prompt}", messages[last]["content"])
-        return messages
+    def table(self, number: int) -> pa.Table:
+        """Unit `number` encoded, one line a row of the file. A row that cannot be used keeps its place and says why in `error`."""
+        assert self.encoder is not None
+        rows = list(self.parsed(self.files.units[number]))
+        encoded = iter(self.encoder.encode([row for _, row in rows if isinstance(row, Row)]))
+        lines = [_line(number, where, row, next(encoded) if isinstance(row, Row) else None) for where, row in rows]
+        return pa.Table.from_pylist(lines, schema=_COLUMNS)
 
 
-def _records(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    names = [name for name in batch if name != "path"]
-    return [{name: _plain(batch[name][i]) for name in names} for i in range(len(batch["path"]))]
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _shape_problem(values: Any, supervised: bool) -> str:
-    if not isinstance(values, Mapping):
-        return f"not an object: {type(values).__name__}"
-    prompt = values.get("prompt")
-    if prompt is None:
-        return "no prompt"
-    messages = isinstance(prompt, Sequence) and not isinstance(prompt, str)
-    well_formed = messages and all(isinstance(turn, Mapping) and isinstance(turn.get("content"), str) for turn in prompt)
-    if not isinstance(prompt, str) and not well_formed:
-        return f"prompt is neither text nor chat messages: {type(prompt).__name__}"
-    if supervised and values.get("answer") is None:
-        return "no answer"
-    return ""
+def _line(unit: int, where: str, row: Row | BadRow | None, encoded: Encoded | BadRow | None) -> dict[str, Any]:
+    line: dict[str, Any] = {"unit": unit, "where": where}
+    if not isinstance(row, Row) or not isinstance(encoded, Encoded):
+        reason = row if isinstance(row, BadRow) else encoded
+        return line | {"error": _BLANK if row is None else str(reason)}
+    texts = {"id": row.id, "domain": row.domain, "answer": row.answer, "verifier": row.verifier, "metadata": row.metadata}
+    return line | texts | {"prompt_ids": encoded.prompt, "teacher_prompt_ids": encoded.teacher, "response_ids": encoded.response}
 
 
 class FileRows:
-    """Encoded rows of a file source, epoch by epoch, in an order that depends on (seed, epoch) only."""
+    """Encoded rows of files, without end.
 
-    def __init__(self, encoding: Encoding, seed: int):
-        self._encoding, self._seed = encoding, seed
-        self.bad = BadRows()
+    The cursor: epoch, window of the epoch's order, and rows of the window consumed, bad and blank ones included. Restoring reads
+    the window it stands in, nothing before it.
 
-    def epoch(self, number: int) -> Iterator[dict[str, Any]]:
-        """Good rows of one pass; each has `row_id`. Raises DataError when there is none or too many are bad."""
-        rows = self._read()
-        if self._encoding.data.shuffle:
-            rows = shuffled(rows, random.Random(f"{self._seed}/{number}"), SHUFFLE_WINDOW)
-        empty = True
-        for row in rows:
-            empty = False
-            yield row
-        self.bad.check(self._encoding.data.max_bad_share, least=1)
-        if empty:
-            raise DataError(f"data.path={self._encoding.data.path} has no usable row: {'; '.join(self.bad.examples) or 'it is empty'}")
+    Args:
+        data, encoder: what to read and how.
+        seed: with the epoch, decides the order.
+        report: where bad rows are counted (in their first epoch).
+        deadline: seconds that a window may take to come.
+    """
 
-    def _read(self) -> Iterator[dict[str, Any]]:
-        counters: Counter[str] = Counter()
-        bad = BadRows()
-        if not self.bad.good + self.bad.bad:  # the first pass counts; later ones see the same rows
-            self.bad = bad
-        for batch in self._dataset().iter_batches(batch_size=1024, batch_format="pyarrow"):
-            for row in batch.to_pylist():
-                counters[row["path"]] += 1
-                where = f"{row['path']}:{counters[row['path']]}"
-                if row["problem"]:
-                    bad.add(where, row["problem"])
-                    bad.check(self._encoding.data.max_bad_share)
-                    continue
-                bad.good += 1
-                yield row | {"row_id": row["id"] or f"{row['path'].rpartition('/')[2]}:{counters[row['path']]}"}
+    def __init__(self, data: Data, encoder: Encoder, seed: int, report: BadRows, deadline: float):
+        self._files = open_files(data.path or "")
+        self._reader = UnitReader(self._files, encoder, data)
+        self._shuffle, self._seed, self._report, self._deadline = data.shuffle, seed, report, deadline
+        self._columns = [
+            name for name, used in (("teacher_prompt_ids", data.context_field is not None), ("response_ids", encoder.supervised)) if used
+        ]
+        self._epoch = self._window = self._row = 0
+        self._usable = False
+        self._table: pa.Table | None = None
+        self._whole: pa.Table | None = None
+        self._ahead: _Ahead | None = None
 
-    def _dataset(self) -> Any:
+    def take(self, count: int) -> Batch:
+        pieces: list[Batch] = []
+        while count:
+            piece = self._piece(self._current(), count)
+            if len(piece):
+                pieces.append(piece)
+                self._usable = True
+                count -= len(piece)
+            elif self._finished_window() and not self._usable:
+                raise DataError("no row of the data set is usable: " + ("; ".join(self._report.examples[:5]) or "all lines are blank"))
+        return Batch.concat(pieces)
+
+    def _piece(self, table: pa.Table, count: int) -> Batch:
+        """Up to `count` good rows from here on, and the cursor behind them."""
+        errors = table.column("error").combine_chunks().slice(self._row)
+        good = np.flatnonzero(errors.is_null().to_numpy(zero_copy_only=False))[:count]
+        passed = int(good[-1]) + 1 if len(good) == count else len(errors)
+        if self._epoch == 0:
+            self._account(table.slice(self._row, passed), len(good))
+        rows = table.take(pa.array(good + self._row))
+        self._row += passed
+        ids = [f"{row_id}@{self._epoch}" for row_id in rows.column("id").to_pylist()]
+        columns = {name: rows.column(name) for name in ("domain", "prompt_ids", "answer", "verifier", "metadata", *self._columns)}
+        return Batch.from_columns(prompt_id=ids, sample=np.zeros(len(ids), np.int32), **columns)
+
+    def _account(self, table: pa.Table, good: int) -> None:
+        self._report.good(good)
+        bad = table.filter(table.column("error").is_valid())
+        for where, reason in zip(bad.column("where").to_pylist(), bad.column("error").to_pylist(), strict=True):
+            if reason != _BLANK:
+                self._report.add(where, reason)
+        self._report.check()
+
+    def _finished_window(self) -> bool:
+        """On to the next window; True when that ends the epoch."""
+        self._table, self._row, self._window = None, 0, self._window + 1
+        if self._window < len(self._windows(self._epoch)):
+            return False
+        if self._epoch == 0:
+            self._report.check(complete=True)
+        self._epoch, self._window = self._epoch + 1, 0
+        return True
+
+    def _current(self) -> pa.Table:
+        if self._table is None:
+            self._table = self._shuffled(self._read())
+        return self._table
+
+    def _read(self) -> pa.Table:
+        """The window's rows in the order of its units."""
+        if self._whole is not None:
+            return self._whole
+        if self._ahead is None:
+            self._ahead = _Ahead(self._reader, self._windows(self._epoch)[self._window :])
+        table = self._ahead.next(self._deadline)
+        if self._ahead.done:
+            self.close()
+        if len(self._windows(0)) == 1:
+            # In file order, so that it does not matter which epoch read it.
+            self._whole = table = table.take(np.argsort(table.column("unit").to_numpy(), kind="stable"))
+        return table
+
+    def _shuffled(self, table: pa.Table) -> pa.Table:
+        if not self._shuffle:
+            return table
+        return table.take(self._random(self._epoch, 1 + self._window).permutation(len(table))).combine_chunks()
+
+    def _windows(self, epoch: int) -> list[list[int]]:
+        """The epoch's units, in order, window by window."""
+        units = self._files.units
+        order = self._random(epoch, 0).permutation(len(units)) if self._shuffle else np.arange(len(units))
+        before = np.cumsum([units[number].rows for number in order]) - 1
+        return [order[before // WINDOW == window].tolist() for window in np.unique(before // WINDOW)]
+
+    def _random(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, *key])
+
+    def state(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "window": self._window, "row": self._row, "files": self._digest()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if state["files"] != self._digest():
+            raise CheckpointError(
+                "the data files changed since the cursor was saved (names, sizes or row groups)", "bring back the files of the run"
+            )
+        self.close()
+        self._epoch, self._window, self._row, self._table = state["epoch"], state["window"], state["row"], None
+
+    def _digest(self) -> str:
+        facts = repr([(unit.name, unit.first, unit.rows, unit.start, unit.stop) for unit in self._files.units] + [WINDOW, self._shuffle])
+        return blake2b(facts.encode(), digest_size=8).hexdigest()
+
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.stop()
+            self._ahead = None
+
+
+class _Ahead:
+    """Reads windows through Ray Data in a thread, at most `_AHEAD` of them early, so that a wait for one can have a deadline."""
+
+    def __init__(self, reader: UnitReader, windows: list[list[int]]):
+        self._reader, self._windows = reader, windows
+        self._left = len(windows)
+        self._ready: queue.Queue[pa.Table | BaseException] = queue.Queue(maxsize=_AHEAD)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="data reader", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        return self._left == 0
+
+    def next(self, deadline: float) -> pa.Table:
+        """The next window. Raises DeadlineError, or what a task raised."""
+        try:
+            found = self._ready.get(timeout=deadline)
+        except queue.Empty:
+            raise DeadlineError(
+                "data reader", "read the next rows of data.path", deadline, "deadlines.start, or free CPUs for Ray Data's tasks"
+            ) from None
+        if isinstance(found, RaysysError):
+            raise found
+        if isinstance(found, BaseException):
+            raise first_cause(found, "data reader", "read data.path") from found
+        self._left -= 1
+        return found
+
+    def stop(self) -> None:
+        """Ends the thread, and with it Ray Data's execution; one that hangs is left behind."""
+        self._stopped.set()
+        self._thread.join(timeout=_STOP_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            with closing(self._blocks()) as blocks:
+                for window in self._windows:
+                    self._put(self._gathered(blocks, window))
+                    if self._stopped.is_set():
+                        return
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, value: pa.Table | BaseException) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._ready.put(value, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def _gathered(self, blocks: Iterator[pa.Table], window: list[int]) -> pa.Table:
+        wanted = sum(self._reader.files.units[number].rows for number in window)
+        parts: list[pa.Table] = []
+        while wanted > 0:
+            block = next(blocks)
+            parts.append(block)
+            wanted -= block.num_rows
+        table = pa.concat_tables(parts)
+        units = table.column("unit").to_numpy()
+        came = units[np.flatnonzero(np.diff(units, prepend=-1))].tolist()
+        if wanted < 0 or came != window:
+            raise InfrastructureError("Ray Data gave rows in another order than asked for", "check that nothing turns off preserve_order")
+        return table
+
+    def _blocks(self) -> Generator[pa.Table, None, None]:
+        """Encoded units one by one, in order."""
         import ray.data
 
-        context = ray.data.DataContext.get_current()
-        context.execution_options.preserve_order = True
-        context.enable_progress_bars = False
-        path = self._encoding.data.path or ""
-        more: dict[str, Any] = {"include_paths": True, "override_num_blocks": _blocks(path)}
-        if is_parquet(path):
-            raw = ray.data.read_parquet(path, **more)
-        else:  # as text: one bad line must not spoil its file
-            raw = ray.data.read_text(path, drop_empty_lines=False, **more)
-        return raw.map_batches(self._encoding, batch_size=1024, batch_format="numpy")
+        order = [number for window in self._windows for number in window]
+        rows = sum(self._reader.files.units[number].rows for number in order)
+        places = ray.data.range(len(order), override_num_blocks=min(len(order), _TASKS, -(-rows // _TASK_ROWS)))
+        read: Any = partial(_tables, reader=self._reader, order=order)
+        encoded = places.map_batches(read, batch_size=None, num_cpus=_CPUS)
+        encoded.context.execution_options.preserve_order = True
+        encoded.context.enable_progress_bars = False
+        for block in encoded.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield from _by_unit(block)
 
 
-def _blocks(path: str) -> int | None:
-    """Read tasks: one a 32 MiB of local files (Ray's own choice starts a process a task, dozens for a small file), Ray's choice elsewhere."""
-    if "://" in path:
-        return None
-    found = [file for name in glob.glob(path) for file in (Path(name).iterdir() if Path(name).is_dir() else [Path(name)])]
-    return max(1, sum(file.stat().st_size for file in found) >> 25)
+def _tables(batch: Mapping[str, np.ndarray], reader: UnitReader, order: list[int]) -> Iterator[pa.Table]:
+    for place in batch["id"]:
+        yield reader.table(order[int(place)])
 
 
-def is_parquet(path: str) -> bool:
-    """By its name, or for a local folder by what lies in it."""
-    if path.endswith((".parquet", ".pq")):
-        return True
-    return "://" not in path and Path(path).is_dir() and any(Path(path).glob("*.parquet"))
-
-
-def shuffled(rows: Iterator[Any], rng: random.Random, window: int) -> Iterator[Any]:
-    """Rows in random order through a window: each step gives one of the held rows and takes the next in."""
-    held: list[Any] = []
-    for row in rows:
-        if len(held) < window:
-            held.append(row)
-            continue
-        at = rng.randrange(window)
-        yield held[at]
-        held[at] = row
-    rng.shuffle(held)
-    yield from held
+def _by_unit(block: pa.Table) -> Iterator[pa.Table]:
+    """Ray may join small blocks; windows end where units do."""
+    units = block.column("unit").to_numpy()
+    starts = np.flatnonzero(np.diff(units, prepend=-1)).tolist()
+    for start, stop in zip(starts, [*starts[1:], len(units)], strict=True):
+        yield block.slice(start, stop - start)

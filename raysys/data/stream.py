@@ -1,139 +1,167 @@
-"""The endless stream of prompts that a run takes from, with a cursor that resumes exactly.
-
-The cursor of a procedural source is the number of each domain's next task; that of a file is (epoch, rows taken in it):
-a resume reads the epoch again up to there, in the same order.
-"""
+"""The prompts of a run, in an order that a resume repeats exactly."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
 from raysys.batch import Batch, Ragged
 from raysys.config.parts import Data
-from raysys.data.procedural import DomainStream, Row, shares
-from raysys.data.sources import BadRows, Encoding, FileRows
-from raysys.data.text import encode_answers, load_tokenizer, render
-from raysys.errors import DataError
+from raysys.data.procedural import Mixture
+from raysys.data.rows import BadRow, BadRows, Row
+from raysys.data.text import Encoded, Encoder
+from raysys.errors import CheckpointError
+
+
+class Rows(Protocol):
+    """A source of encoded rows with a cursor."""
+
+    def take(self, count: int) -> Batch: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
 
 
 class PromptStream:
-    """Prompts (and for supervised runs answers) as batches of tokens.
+    """Prompts (and for supervised runs, responses) without end: epochs roll over.
+
+    The cursor is a place in an order that data, config and seed decide:
+    procedural rows: the place in the domains' pattern, and for each domain the rows given and the entry to look at next;
+    file rows: epoch, window of that epoch's order, and rows of the window consumed, good or bad (see `sources.FileRows`).
+    It says what was handed out, so it is to be saved together with what was trained. Restoring it costs no pass over what came before.
 
     Args:
-        data: which source.
-        tokenizer_folder: Hugging Face folder or id of the student.
-        seed: the run's; decides tasks and order.
-        max_prompt_tokens, max_response_tokens: longer rows of a file are bad rows; longer procedural ones are an error.
-        supervised: also `response_ids`, the target and the end of sequence.
+        data: where rows come from.
+        tokenizer_folder: Hugging Face folder or id.
+        seed: of the run; decides the order.
+        max_prompt_tokens, max_response_tokens: rows beyond are bad rows.
+        supervised: also give `response_ids`, the answer's tokens and the end token.
+        deadline: seconds that reading the next rows of a file may take.
+
+    Raises:
+        ConfigError, DataError: see `preflight`, which finds the same before anything starts.
     """
 
-    def __init__(self, data: Data, tokenizer_folder: str, seed: int, max_prompt_tokens: int, max_response_tokens: int, supervised: bool = False):
-        encoding = Encoding(tokenizer_folder, data, max_prompt_tokens, max_response_tokens, supervised)
-        self._rows: _Procedural | _Files = _Procedural(encoding, seed) if data.source is not None else _Files(encoding, seed)
+    def __init__(
+        self,
+        data: Data,
+        tokenizer_folder: str,
+        seed: int,
+        max_prompt_tokens: int,
+        max_response_tokens: int,
+        supervised: bool = False,
+        deadline: float = 900.0,
+    ):
+        encoder = encoder_for(data, tokenizer_folder, max_prompt_tokens, max_response_tokens, supervised)
+        self._report = BadRows(data.max_bad_share)
+        if data.source is not None:
+            self._kind = "procedural"
+            self._rows: Rows = ProceduralRows(Mixture(data.source, seed, data.shuffle, data.context_field), encoder, self._report)
+        else:
+            from raysys.data.sources import FileRows
+
+            self._kind = "file"
+            self._rows = FileRows(data, encoder, seed, self._report, deadline)
 
     def take(self, n: int) -> Batch:
-        """The next `n` rows, `sample` 0. Raises DataError."""
+        """The next `n` usable rows: prompt_id (`<row id>@<epoch>`), sample (0), domain, prompt_ids, answer, verifier, metadata
+        [, teacher_prompt_ids][, response_ids].
+
+        Raises:
+            DataError: too large a share of the rows is unusable, or none is usable.
+            DeadlineError: a file's rows did not come in time.
+        """
+        if n < 1:
+            raise ValueError(f"n={n}, expected at least 1")
         return self._rows.take(n)
 
     def state(self) -> dict[str, Any]:
-        """The cursor, as plain JSON."""
-        return self._rows.state()
+        """The cursor, as plain values that JSON holds."""
+        return {"kind": self._kind, "rows": self._rows.state(), "report": self._report.state()}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Back to where `state()` was taken: the rows that follow are the same, ids included."""
-        self._rows.restore(state)
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on exactly where `state` was taken. Raises CheckpointError if it is of other data."""
+        if state.get("kind") != self._kind:
+            raise CheckpointError(
+                f"the data cursor is of a {state.get('kind')} source, this run has a {self._kind} one", "resume with the run's own config"
+            )
+        state = json.loads(json.dumps(state))
+        self._rows.restore(state["rows"])
+        self._report.restore(state["report"])
 
     def report(self) -> BadRows:
-        """What could not be used so far."""
-        return self._rows.bad
+        """What was unusable so far; `.lines()` is for people."""
+        return self._report
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._rows.close()
 
 
-class _Procedural:
-    def __init__(self, encoding: Encoding, seed: int):
-        assert encoding.data.source is not None
-        source = encoding.data.source
-        self._encoding, self.bad = encoding, BadRows()
-        self._weights = {name: task.weight for name, task in source.domains.items()}
-        self._domains = {name: DomainStream(name, task, source, seed) for name, task in source.domains.items()}
-        self._given = dict.fromkeys(source.domains, 0)
-
-    def take(self, n: int) -> Batch:
-        rows = [self._domains[name].row() for name in shares(self._weights, n, self._given)]
-        self.bad.good += n
-        tokenizer = load_tokenizer(self._encoding.tokenizer)
-        if getattr(tokenizer, "chat_template", None):
-            prompts = [render(tokenizer, row.prompt, self._encoding.data.enable_thinking) for row in rows]
-        else:
-            prompts = tokenizer([row.prompt for row in rows], add_special_tokens=False)["input_ids"]
-        self._check(rows, prompts, self._encoding.max_prompt_tokens, "prompt", "max_prompt_tokens")
-        columns: dict[str, Any] = {
-            "prompt_id": [row.id for row in rows],
-            "sample": np.zeros(n, np.int32),
-            "domain": [row.domain for row in rows],
-            "prompt_ids": Ragged.of(prompts, np.int32),
-            "answer": [row.answer for row in rows],
-            "verifier": [row.verifier for row in rows],
-            "metadata": [row.metadata for row in rows],
-        }
-        if self._encoding.supervised:
-            targets = encode_answers(tokenizer, [row.target for row in rows])
-            self._check(rows, targets, self._encoding.max_response_tokens, "target", "max_response_tokens")
-            columns["response_ids"] = Ragged.of(targets, np.int32)
-        return Batch.from_columns(**columns)
-
-    def state(self) -> dict[str, Any]:
-        return {"domains": {name: stream.state() for name, stream in self._domains.items()}, "given": dict(self._given)}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        for name, stream in self._domains.items():
-            stream.restore(state["domains"][name])
-        self._given = dict(state["given"])
-
-    @staticmethod
-    def _check(rows: list[Row], ids: list[list[int]], limit: int, what: str, key: str) -> None:
-        for row, one in zip(rows, ids, strict=True):
-            if len(one) > limit:
-                raise DataError(f"row {row.id}: {what} has {len(one)} tokens, {key} is {limit}", f"raise {key}")
+def encoder_for(data: Data, tokenizer_folder: str, max_prompt_tokens: int, max_response_tokens: int, supervised: bool) -> Encoder:
+    """The encoder that a run's data asks for."""
+    return Encoder(
+        tokenizer_folder,
+        max_prompt_tokens=max_prompt_tokens,
+        max_response_tokens=max_response_tokens,
+        supervised=supervised,
+        enable_thinking=data.enable_thinking,
+        context_template=data.context_template if data.context_field is not None else None,
+    )
 
 
-class _Files:
-    def __init__(self, encoding: Encoding, seed: int):
-        self._encoding, self._files = encoding, FileRows(encoding, seed)
-        self._epoch, self._taken = 0, 0
-        self._iterator: Iterator[dict[str, Any]] | None = None
+class ProceduralRows:
+    """Rows made in this process. A row that does not fit is counted and the domain's next one takes its place."""
 
-    @property
-    def bad(self) -> BadRows:
-        return self._files.bad
+    def __init__(self, mixture: Mixture, encoder: Encoder, report: BadRows):
+        self._mixture, self._encoder, self._report = mixture, encoder, report
 
-    def take(self, n: int) -> Batch:
-        rows = [self._next() for _ in range(n)]
-        columns: dict[str, Any] = {"prompt_id": [row["prompt_id"] for row in rows], "sample": np.zeros(n, np.int32)}
-        columns |= {name: [row[name] for row in rows] for name in ("domain", "answer", "verifier", "metadata")}
-        lists = ["prompt_ids"]
-        if self._encoding.data.context_field is not None:
-            lists.append("teacher_prompt_ids")
-        if self._encoding.supervised:
-            lists.append("response_ids")
-        return Batch.from_columns(**columns, **{name: Ragged.of([row[name] for row in rows], np.int32) for name in lists})
-
-    def _next(self) -> dict[str, Any]:
-        if self._iterator is None:
-            self._iterator = self._files.epoch(self._epoch)
-            for _ in range(self._taken):
-                next(self._iterator)
-        row = next(self._iterator, None)
-        if row is None:
-            self._epoch, self._taken, self._iterator = self._epoch + 1, 0, None
-            return self._next()
-        self._taken += 1
-        return row | {"prompt_id": f"{row['row_id']}@{self._epoch}"}
+    def take(self, count: int) -> Batch:
+        wanted = self._mixture.places(count)
+        rows: list[tuple[Row, int, Encoded] | None] = [None] * count
+        missing = list(range(count))
+        while missing:
+            drawn = [self._mixture.streams[wanted[place]].next() for place in missing]
+            results = self._encoder.encode([row for row, _ in drawn])
+            for place, (row, epoch), result in zip(missing, drawn, results, strict=True):
+                if isinstance(result, BadRow):
+                    if epoch == 0:
+                        self._report.add(row.where, str(result))
+                else:
+                    rows[place] = (row, epoch, result)
+                    self._report.good(epoch == 0)
+            missing = [place for place in missing if rows[place] is None]
+            # Drawing again must end: where nothing fits there is no first good row to wait for.
+            self._report.check(complete=self._report.bad > 100 and bool(missing))
+        return to_batch([row for row in rows if row is not None])
 
     def state(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "taken": self._taken}
+        return self._mixture.state()
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self._epoch, self._taken, self._iterator = state["epoch"], state["taken"], None
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._mixture.restore(state)
+
+    def close(self) -> None:
+        return None
+
+
+def to_batch(rows: list[tuple[Row, int, Encoded]]) -> Batch:
+    """Rows with their epochs and ids as the record that crosses actors."""
+    columns: dict[str, Any] = {
+        "prompt_id": [f"{row.id}@{epoch}" for row, epoch, _ in rows],
+        "sample": np.zeros(len(rows), np.int32),
+        "domain": [row.domain for row, _, _ in rows],
+        "prompt_ids": Ragged.of([ids.prompt for _, _, ids in rows], np.int32),
+        "answer": [row.answer for row, _, _ in rows],
+        "verifier": [row.verifier for row, _, _ in rows],
+        "metadata": [row.metadata for row, _, _ in rows],
+    }
+    first = rows[0][2]
+    if first.teacher is not None:
+        columns["teacher_prompt_ids"] = Ragged.of([ids.teacher or [] for _, _, ids in rows], np.int32)
+    if first.response is not None:
+        columns["response_ids"] = Ragged.of([ids.response or [] for _, _, ids in rows], np.int32)
+    return Batch.from_columns(**columns)

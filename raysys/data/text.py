@@ -1,63 +1,221 @@
-"""Text to tokens and back. Tokens travel between actors; text is for people and verifiers."""
+"""Text in, tokens out, and back for people. Neither torch nor an engine is imported: the driver encodes too."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from raysys.data.rows import BadRow, Prompt, Row
 from raysys.errors import ConfigError
 
-
-@functools.cache
-def load_tokenizer(folder: str) -> Any:
-    """The tokenizer of a Hugging Face folder or id. Raises ConfigError when there is none."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging as chatter
-
-    chatter.set_verbosity_error()
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"no tokenizer can be loaded from {folder}: {first}", "give a Hugging Face folder or a reachable id") from None
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def render(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]], enable_thinking: bool = False) -> list[int]:
-    """Token ids of a prompt, ready for the model to answer.
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a row. `teacher` and `response` are None where the run has no use for them."""
 
-    Chat messages, and text where the tokenizer has a chat template, go through the template with the opener of the
-    assistant's turn; text for a tokenizer without a template is encoded as it is, with no special tokens added.
+    prompt: list[int]
+    teacher: list[int] | None = None
+    response: list[int] | None = None
+
+
+class Encoder:
+    """Rows to token ids. Pickles with its tokenizer, so other nodes need no folder.
+
+    A tokenizer with a chat template renders text as one user message and messages as they are, with the generation prompt;
+    one without encodes text as it stands. No special tokens are added beyond the template's.
+
+    Args:
+        folder: Hugging Face folder or id of the tokenizer.
+        max_prompt_tokens, max_response_tokens: longer rows are bad rows.
+        supervised: also encode the target, with the end token behind it.
+        enable_thinking: handed to the chat template.
+        context_template: text with `{prompt}` and `{context}` that the teacher reads instead; None: no teacher prompt.
 
     Raises:
-        ValueError: messages for a tokenizer without a chat template.
+        ConfigError: no tokenizer there, or (supervised) one without an end token.
     """
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(message) for message in prompt]
-        rendered = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=enable_thinking
-        )
-        return [int(token) for token in rendered]
-    if not isinstance(prompt, str):
-        raise ValueError("chat messages need a tokenizer with a chat template")
-    return tokenizer.encode(prompt, add_special_tokens=False)
 
+    def __init__(
+        self,
+        folder: str,
+        *,
+        max_prompt_tokens: int,
+        max_response_tokens: int,
+        supervised: bool = False,
+        enable_thinking: bool = False,
+        context_template: str | None = None,
+    ):
+        self._tokenizer = load_tokenizer(folder)
+        self._max_prompt, self._max_response = max_prompt_tokens, max_response_tokens
+        self.supervised = supervised
+        self._thinking, self._template = enable_thinking, context_template
+        self._end: int | None = self._tokenizer.eos_token_id
+        self._known: dict[str, bool] = {}
+        if supervised and self._end is None:
+            raise ConfigError(
+                f"the tokenizer of {folder} has no end token, so supervised rows cannot end", "set eos_token in its tokenizer_config.json"
+            )
 
-def encode_answers(tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
-    """Supervised targets: the answer's ids and the end-of-sequence id."""
-    ids = tokenizer(list(answers), add_special_tokens=False)["input_ids"] if answers else []
-    return [[*row, tokenizer.eos_token_id] for row in ids]
+    def encode(self, rows: Sequence[Row]) -> list[Encoded | BadRow]:
+        """Each row's ids, or why it has none, in order."""
+        texts: list[str] = []
+        places: list[tuple[int, int | None, int | None] | BadRow] = []
+        for row in rows:
+            try:
+                own = [self._render(row.prompt)]
+                if self._template is not None:
+                    own.append(self._render(fill(self._template, row.prompt, row.context or "")))
+                if self.supervised:
+                    own.append(self._target(row.target))
+                for text in own:
+                    self._check_characters(text)
+            except BadRow as reason:
+                places.append(reason)
+                continue
+            first = len(texts)
+            teacher = first + 1 if self._template is not None else None
+            places.append((first, teacher, first + len(own) - 1 if self.supervised else None))
+            texts += own
+        ids = [encoding.ids for encoding in self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return [place if isinstance(place, BadRow) else self._fitted(ids, *place) for place in places]
+
+    def _fitted(self, ids: list[list[int]], prompt: int, teacher: int | None, response: int | None) -> Encoded | BadRow:
+        answer = None if response is None or self._end is None else [*ids[response], self._end]
+        if not ids[prompt]:
+            return BadRow("`prompt` has no tokens")
+        if len(ids[prompt]) > self._max_prompt:
+            return BadRow(f"prompt too long: {len(ids[prompt])} tokens, max_prompt_tokens is {self._max_prompt}")
+        if answer is not None and len(answer) > self._max_response:
+            return BadRow(f"answer too long: {len(answer)} tokens with its end, max_response_tokens is {self._max_response}")
+        return Encoded(ids[prompt], None if teacher is None else ids[teacher], answer)
+
+    def _render(self, prompt: Prompt) -> str:
+        if not self._tokenizer.chat_template:
+            if isinstance(prompt, str):
+                return prompt
+            raise BadRow("`prompt` is chat messages, but the tokenizer has no chat template")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=self._thinking)
+        except Exception as error:  # templates raise whatever they like on roles that they do not know
+            raise BadRow(f"the chat template refuses the messages: {error}") from None
+
+    def _target(self, text: str) -> str:
+        if not text:
+            raise BadRow("no `answer` to learn")
+        return text
+
+    def _check_characters(self, text: str) -> None:
+        """A tokenizer of characters silently drops those that it does not know; such a row would ask something else."""
+        for character in set(text) - self._known.keys():
+            self._known[character] = self._ids(f"a{character}a") != self._ids("aa")
+        if missing := sorted(character for character in set(text) if not self._known[character]):
+            raise BadRow(f"characters without a token: {missing[:5]}")
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 class Decoder:
-    """Ids to text, special tokens left out."""
+    """Token ids to text for people and verifiers, special tokens left out."""
 
     def __init__(self, folder: str):
-        self._folder = folder
+        self._tokenizer = load_tokenizer(folder)
 
     def texts(self, rows: Sequence[Any]) -> list[str]:
-        tokenizer = load_tokenizer(self._folder)
-        plain = [np.asarray(row).tolist() for row in rows]
-        return tokenizer.batch_decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """The text of each row of ids."""
+        plain = [row.tolist() if isinstance(row, np.ndarray) else list(row) for row in rows]
+        return self._tokenizer.batch_decode(plain, skip_special_tokens=True)
+
+
+def fill(template: str, prompt: Prompt, context: str) -> Prompt:
+    """The template over the prompt, or over the last user message of a conversation. Only `{prompt}` and `{context}` are replaced.
+
+    Raises BadRow: a conversation without a user message.
+    """
+    if isinstance(prompt, str):
+        return _filled(template, prompt, context)
+    last = max((number for number, message in enumerate(prompt) if message["role"] == "user"), default=None)
+    if last is None:
+        raise BadRow("no user message to put the context into")
+    asked = {**prompt[last], "content": _filled(template, prompt[last]["content"], context)}
+    return [*prompt[:last], asked, *prompt[last + 1 :]]
+
+
+def _filled(template: str, prompt: str, context: str) -> str:
+    return re.sub(r"\{(prompt|context)\}", lambda match: prompt if match[1] == "prompt" else context, template)
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer of a Hugging Face folder or id, through `tokenizer.json`. (`AutoTokenizer` would import torch into the driver.)
+
+    Raises:
+        ConfigError: no such folder, or no tokenizer in it.
+    """
+    path = Path(folder).expanduser()
+    if not path.exists():
+        if not _HUB_ID.fullmatch(folder):
+            raise ConfigError(f"model folder {folder} does not exist")
+        return _from_hub(folder)
+    if not (path / "tokenizer.json").is_file():
+        raise ConfigError(f"model folder {folder} holds no tokenizer.json", "give a Hugging Face folder with its tokenizer")
+    return _load(str(path))
+
+
+def _from_hub(name: str) -> Any:
+    from huggingface_hub import hf_hub_download
+
+    try:  # one file first: without a network every file costs its own round of retries
+        with _quiet("huggingface_hub"):
+            hf_hub_download(name, "tokenizer.json")
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"there is no folder {name} here, and the hub did not give its tokenizer: {first}", "check the path or the network"
+        ) from None
+    return _load(name)
+
+
+def _load(name: str) -> Any:
+    from transformers.tokenization_utils_tokenizers import PreTrainedTokenizerFast
+
+    try:
+        with _quiet("transformers"):
+            return PreTrainedTokenizerFast.from_pretrained(name)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"the tokenizer of {name} does not load: {first}") from None
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def context_length(folder: str) -> int | None:
+    """Tokens that the model of a local folder can hold; None where its config does not say. Raises ConfigError: not JSON."""
+    path = Path(folder).expanduser() / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ConfigError(f"{path} is not valid JSON") from None
+    length = config.get("max_position_embeddings") or (config.get("text_config") or {}).get("max_position_embeddings")
+    return length if isinstance(length, int) else None

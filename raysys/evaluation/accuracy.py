@@ -81,7 +81,9 @@ def run_evaluation(
         domains=summarize(scores, domains, samples),
         response_tokens=float(np.mean(answered.lengths("response_ids"))),
         truncated=float(np.mean([reason == "length" for reason in answered.strings("stop_reason")])),
-        examples=[Example(domains[row], text, texts[row], answers[row], float(scores[row])) for row, text in zip(kept, questions, strict=True)],
+        examples=[
+            Example(domains[row], text, texts[row], answers[row], float(scores[row])) for row, text in zip(kept, questions, strict=True)
+        ],
     )
 
 

@@ -75,7 +75,9 @@ class Evaluator:
     def _record(self, step: int, result: EvaluationResult) -> None:
         label = self._label or ("before" if step == 0 else "after" if step == self._steps else f"step {step}")
         facts = result.to_dict()
-        record = {"step": step, "label": label, "mean": mean_accuracy(facts)} | self._facts | {k: v for k, v in facts.items() if k != "examples"}
+        record = (
+            {"step": step, "label": label, "mean": mean_accuracy(facts)} | self._facts | {k: v for k, v in facts.items() if k != "examples"}
+        )
         _append(self._folder / "evaluation.jsonl", record)
         for example in facts["examples"]:
             _append(self._folder / "samples.jsonl", {"step": step, "label": label} | example)

@@ -65,6 +65,7 @@ def _config(spec: NewModel) -> Qwen3Config:
     return Qwen3Config(
         vocab_size=len(SPECIALS) + len(CHARACTERS),
         hidden_size=spec.hidden_size,
+        initializer_range=spec.initializer_range,
         intermediate_size=spec.ffn_size,
         num_hidden_layers=spec.layers,
         num_attention_heads=spec.heads,

@@ -55,7 +55,9 @@ def _lines(lines: Sequence[tuple[str, list[int], list[float]]], log: bool) -> st
     for number, (label, x, y) in enumerate(lines):
         color = COLORS[number % len(COLORS)]
         mode = "lines+markers" if len(x) < 3 else "lines"
-        figure.add_scatter(x=x, y=y, name=label, mode=mode, line={"color": color, "width": 2 if number == 0 else 1.5}, showlegend=len(lines) > 1)
+        figure.add_scatter(
+            x=x, y=y, name=label, mode=mode, line={"color": color, "width": 2 if number == 0 else 1.5}, showlegend=len(lines) > 1
+        )
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(type="log" if log else "linear", rangemode="normal", exponentformat="power" if log else "none")
     return _html(figure, height=240)
@@ -147,4 +149,6 @@ def _html(figure: Any, height: int) -> str:
     )
     figure.update_xaxes(gridcolor="rgba(128,134,145,.14)", zeroline=False, title_standoff=6)
     figure.update_yaxes(gridcolor="rgba(128,134,145,.22)", zeroline=False)
-    return figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True, "displayModeBar": False})
+    return figure.to_html(
+        full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True, "displayModeBar": False}
+    )

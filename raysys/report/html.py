@@ -164,7 +164,9 @@ def _masked(value: Any, key: str = "") -> Any:
 def _template() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    return Environment(loader=PackageLoader("raysys.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True).get_template("report.html.j2")
+    return Environment(loader=PackageLoader("raysys.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True).get_template(
+        "report.html.j2"
+    )
 
 
 def _json(path: Path) -> Any:

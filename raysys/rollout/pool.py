@@ -27,8 +27,8 @@ class RolloutPool:
     arithmetic does not depend on its neighbours (float32 on CPU; elsewhere up to rounding).
     """
 
-    def __init__(self, config: Rollout, spec: RolloutSpec, deadlines: Deadlines):
-        self._config, self._spec, self._deadlines = config, spec, deadlines
+    def __init__(self, config: Rollout, spec: RolloutSpec, deadlines: Deadlines, worker: type = RolloutWorker):
+        self._config, self._spec, self._deadlines, self._worker = config, spec, deadlines, worker
         self._group: PlacementGroup | None = None
         self.workers: list[Any] = []
         self.facts: list[dict[str, Any]] = []
@@ -42,9 +42,9 @@ class RolloutPool:
     def start(self) -> None:
         """Places and starts all workers. Raises PlacementError, InfrastructureError or DeadlineError."""
         gpus = self._config.tensor_parallel if self._spec.device == "gpu" else 0
-        bundle: dict[str, float] = {"CPU": 1} | ({"GPU": gpus} if gpus else {})
+        bundle: dict[str, float] = {"CPU": 1.0, "GPU": float(gpus)} if gpus else {"CPU": 1.0}
         self._group = reserve([bundle] * self._config.workers, what="rollout", timeout=self._deadlines.placement)
-        actor = ray.remote(RolloutWorker)
+        actor = ray.remote(self._worker)
         for rank in range(self._config.workers):
             place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
             options = {"num_cpus": 1, "num_gpus": gpus, "scheduling_strategy": place, "max_concurrency": CONCURRENCY}
@@ -61,7 +61,7 @@ class RolloutPool:
             DeadlineError: `deadlines.generate` ran out, as with an engine that hangs.
         """
         shares = deal(prompts.lengths("prompt_ids"), len(self.workers))
-        calls = [(worker, rows) for worker, rows in zip(self.workers, shares, strict=True) if len(rows)]
+        calls = [(worker, rows) for worker, rows in zip(self.workers, shares, strict=True) if len(rows)] or [(self.workers[0], shares[0])]
         refs = [worker.generate.remote(prompts.take(rows), sampling) for worker, rows in calls]
         parts = self._gather(refs, "generate", self._deadlines.generate, "deadlines.generate")
         order = np.argsort(np.concatenate([rows for _, rows in calls]), kind="stable")

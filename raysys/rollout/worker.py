@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
-import logging
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import numpy as np
 from raysys.batch import Batch, Bucket, Ragged
 from raysys.errors import ConfigError, InfrastructureError, RaysysError, WeightSyncError
 from raysys.rollout.spec import Manifest, RolloutSpec, Sampling
+
+_UNFINISHED = "an update was begun and not finished"
 
 
 class RolloutWorker:
@@ -28,27 +32,37 @@ class RolloutWorker:
         self._engine: Any = None
         self._receiver = spec.receiver() if spec.receiver is not None else None
         self._version, self._running, self._requests = 0, 0, 0
-        self._quarantined = ""
+        self._quarantined, self._log = "", ""
+        self._processes: dict[int, float] = {}
         self._stops = stop_ids(spec.model)
 
     async def start(self) -> dict[str, Any]:
-        """Builds the engine and warms it. Returns versions that every worker of a pool must share."""
-        _chatter_to(self._spec.log_dir, self._rank)
+        """Builds the engine and warms it. Returns versions that every worker of a pool must share.
+
+        Raises:
+            InfrastructureError: the engine did not start; names its log.
+            ConfigError: what is asked for cannot work on this device.
+        """
+        self._log = _chatter_to(self._spec.log_dir, self._rank)
         import vllm
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments = engine_arguments(self._spec) | (self._receiver.engine_arguments() if self._receiver is not None else {})
-        try:
+        with self._ours("could not start its engine", InfrastructureError):
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            self._processes = _children()
             if self._receiver is not None:
                 await self._receiver.ready(self._engine, self._spec.model)
             await self.probe([3, 4])  # the first call compiles and allocates
-        except RaysysError:
-            raise
-        except Exception as error:  # vLLM raises what it likes; unpickled elsewhere it would import vLLM there
-            raise InfrastructureError(f"rollout worker {self._rank} could not start its engine: {_root(error)}", self._hint()) from None
+        # Outputs come as many small objects; without this each full collection walks all that torch and vLLM ever made.
+        gc.collect()
+        gc.freeze()
         return {"vllm": vllm.__version__, "model": self._spec.model, "pid": os.getpid()}
+
+    async def limits(self) -> dict[str, int]:
+        """`vocabulary` (ids) and `length` (tokens) of a sequence that `probe` can take."""
+        return {"vocabulary": int(self._engine.model_config.get_vocab_size()), "length": self._spec.max_model_len - 1}
 
     async def generate(self, prompts: Batch, sampling: Sampling) -> Batch:
         """One response a row, same row order.
@@ -62,15 +76,14 @@ class RolloutWorker:
             InfrastructureError: the engine died.
         """
         if self._quarantined:
-            raise WeightSyncError(f"rollout worker {self._rank} holds half an update: {self._quarantined}", "a full push makes it usable again")
+            raise WeightSyncError(
+                f"rollout worker {self._rank} does not generate: {self._quarantined}", "a whole push makes it usable again"
+            )
         rows = zip(prompts.ragged("prompt_ids").rows(), prompts.strings("prompt_id"), prompts.numbers("sample"), strict=True)
         self._running += 1
         try:
-            results = await _all(self._respond(ids, sampling, sampling.seed_of(prompt, int(sample))) for ids, prompt, sample in rows)
-        except RaysysError:
-            raise
-        except Exception as error:
-            raise InfrastructureError(f"rollout worker {self._rank}: the engine failed while generating: {_root(error)}") from None
+            with self._ours("could not generate", InfrastructureError):
+                results = await _all(self._respond(ids, sampling, sampling.seed_of(prompt, int(sample))) for ids, prompt, sample in rows)
         finally:
             self._running -= 1
         return prompts.with_columns(
@@ -97,9 +110,11 @@ class RolloutWorker:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         output = (await self._request(prompt_ids, params)).outputs[0]
+        if output.finish_reason not in ("stop", "length"):
+            raise InfrastructureError(f"rollout worker {self._rank}: the engine ended a request with '{output.finish_reason}'")
         ids = list(output.token_ids)
         logprobs = [position[token].logprob for position, token in zip(output.logprobs, ids, strict=True)]
-        return ids, logprobs, "length" if output.finish_reason == "length" else "stop"
+        return ids, logprobs, output.finish_reason
 
     async def _request(self, ids: Any, params: Any) -> Any:
         self._requests += 1
@@ -114,7 +129,8 @@ class RolloutWorker:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        found = (await self._request(ids, params)).prompt_logprobs
+        with self._ours("could not probe", InfrastructureError):
+            found = (await self._request(ids, params)).prompt_logprobs
         return np.array([found[i][token].logprob for i, token in enumerate(ids) if i > 0], np.float32)
 
     # -- weights
@@ -124,53 +140,69 @@ class RolloutWorker:
         assert self._receiver is not None
         if self._running:
             raise WeightSyncError(f"rollout worker {self._rank} has {self._running} batches running", "push between batches")
-        await self._receiver.begin(self._engine, manifest)
-        self._quarantined = "an update was begun and not finished"
+        with self._ours("could not begin an update", WeightSyncError):
+            await self._receiver.check(self._engine, manifest)
+            self._quarantined = _UNFINISHED
+            await self._receiver.begin(self._engine, manifest)
 
     async def update(self, bucket: Bucket) -> None:
         """Takes one bucket. Raises WeightSyncError naming the first tensor whose bytes are not those that left."""
         assert self._receiver is not None
+        if self._quarantined != _UNFINISHED:
+            raise WeightSyncError(f"rollout worker {self._rank} is in no update: {self._quarantined or 'none was begun'}")
         try:
-            await self._receiver.update(self._engine, bucket)
+            with self._ours(f"could not load the bucket from {bucket.names[0]} on", WeightSyncError):
+                await self._receiver.update(self._engine, bucket)
         except RaysysError as error:
-            self._quarantined = str(error)
+            self._quarantined = error.message
             raise
-        except Exception as error:
-            self._quarantined = _root(error)
-            raise WeightSyncError(f"rollout worker {self._rank} could not load a bucket ({bucket.names[0]} ...): {_root(error)}") from None
 
     async def finish_update(self, version: int) -> dict[str, str]:
         """Closes the update; the weights are `version` now. Returns the digest of each tensor as it arrived."""
         assert self._receiver is not None
-        try:
+        with self._ours("could not finish an update", WeightSyncError):
             digests = await self._receiver.finish(self._engine, version)
             if self._spec.config.prefix_caching:
                 await self._engine.reset_prefix_cache()
-        except RaysysError:
-            raise
-        except Exception as error:
-            raise WeightSyncError(f"rollout worker {self._rank} could not finish an update: {_root(error)}") from None
         self._version, self._quarantined = version, ""
         return digests
 
     async def differing(self, bucket: Bucket) -> list[str]:
         """Names in this bucket whose copy in the engine can be read back and is not equal."""
         assert self._receiver is not None
-        return await self._receiver.differing(self._engine, bucket)
+        with self._ours("could not read weights back", WeightSyncError):
+            return await self._receiver.differing(self._engine, bucket)
 
-    async def version(self) -> int:
-        return self._version
+    async def quarantine(self, reason: str) -> None:
+        """Refuses to generate until a whole update has come: the weights are not those that they should be."""
+        self._quarantined = reason
 
     async def close(self) -> None:
         if self._receiver is not None:
             self._receiver.close()
         if self._engine is not None:
             with contextlib.suppress(Exception):
-                self._engine.shutdown()
+                await asyncio.wait_for(asyncio.to_thread(self._engine.shutdown, 1.0), 3.0)
+        _end(self._processes)
+        self._engine = None
 
-    def _hint(self) -> str:
-        size = f"rollout.kv_cache_mib={self._spec.config.kv_cache_mib}" if self._spec.device == "cpu" else "rollout.gpu_memory_utilization"
-        return f"if it is memory: {size}, max_prompt_tokens and max_response_tokens decide it"
+    @contextlib.contextmanager
+    def _ours(self, what: str, kind: type[RaysysError]) -> Iterator[None]:
+        """vLLM raises what it likes, and an error of its own, unpickled elsewhere, would import vLLM there."""
+        try:
+            yield
+        except RaysysError:
+            raise
+        except Exception as error:
+            cause = _root(error)
+            raise kind(f"rollout worker {self._rank} {what}: {cause}", self._hint(cause)) from None
+
+    def _hint(self, cause: str) -> str:
+        hints = [f"see {self._log}"] if self._log else []
+        if "memory" in cause.lower():
+            size = f"kv_cache_mib={self._spec.config.kv_cache_mib}" if self._spec.device == "cpu" else "gpu_memory_utilization"
+            hints.append(f"rollout.{size}, max_prompt_tokens and max_response_tokens decide its memory")
+        return "; ".join(hints)
 
 
 async def _all(coroutines: Any) -> list[Any]:
@@ -248,13 +280,38 @@ def _read(model: str, name: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _chatter_to(folder: str | None, rank: int) -> None:
-    """The engine's log lines go to a file of the run."""
+def _chatter_to(folder: str | None, rank: int) -> str:
+    """Sends what this process and those of its engine print to a file of the run; returns its path, "" without one."""
     if folder is None:
-        return
-    handler = logging.FileHandler(Path(folder) / f"rollout-{rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    for name in ("vllm", "transformers"):
-        logger = logging.getLogger(name)
-        logger.addHandler(handler)
-        logger.propagate = False
+        return ""
+    path = Path(folder) / f"rollout-{rank}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:
+        return ""  # a node that does not share the run's folder keeps its chatter in Ray's log
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    return str(path)
+
+
+def _children() -> dict[int, float]:
+    """The engine's processes: id to start time, which tells a process from a later one with its id."""
+    import psutil
+
+    found: dict[int, float] = {}
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found[child.pid] = child.create_time()
+    return found
+
+
+def _end(processes: dict[int, float]) -> None:
+    """A stopped engine answers no request to leave, and would outlive its actor."""
+    import psutil
+
+    for pid, began in processes.items():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if psutil.Process(pid).create_time() == began:
+                os.kill(pid, signal.SIGKILL)

@@ -1,107 +1,156 @@
-"""Verifiers: is a model's answer right? Plain functions of text; whatever the text, they answer and never evaluate it."""
+"""Verifiers: what a response is worth, in [0, 1]. Model text is data: it is parsed here, never evaluated.
+
+| name | judges |
+|---|---|
+| (empty) | nothing: 0 |
+| exact | the whole text equals the answer, outer whitespace aside |
+| math | the last `\\boxed{...}`, or else the last number, equals the answer as a number (fractions and decimals), or else as text |
+| scratchpad:<task> | the text after the last `>`, by the task's own scorer; 0 without a `>` |
+| reasoning_gym:<task> | the whole text, by the task's own scorer |
+
+1 means right. The tasks' own scorers give partial credit below 1 (letters in place, an answer inside a longer text): accuracy
+counts ones, a reward takes the value.
+"""
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
-from typing import Any
 
+from raysys import tasks
 from raysys.errors import DataError
 
-Verifier = Callable[[str, str, str], float]
+LONGEST = 1000
+"""Characters of a mathematical answer; a longer one is wrong."""
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-_LONGEST = 100_000
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
+_NUMBER = rf"[-+]?(?:{_DIGITS}(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{{1,3}})?"
+_NUMBERS = re.compile(rf"(?<![\w.]){_NUMBER}(?:\s*/\s*{_NUMBER})?", re.ASCII)
+_WHOLE = re.compile(rf"({_NUMBER})(?:\s*/\s*({_NUMBER}))?", re.ASCII)
+_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
+_BRACES = re.compile(r"\\boxed\s*\{|[{}]")
+_WRAPPED = re.compile(r"\\(?:text|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 
 
-def score(verifier: str, text: str, answer: str, metadata: str = "") -> float:
-    """How right `text` is, in [0, 1].
+def score(verifier: str, text: str, answer: str, metadata: str) -> float:
+    """What `text` is worth.
 
     Args:
-        verifier: `exact` (equal but for space around), `math` (last boxed expression or last number, compared as numbers),
-            `reasoning_gym:<task>` (the task's own scorer), `scratchpad:<task>` (the same on what follows the last `>`), "" (always 0).
-        text: what the model wrote; data, never code.
-        answer: the right answer.
-        metadata: JSON object that the task's scorer may want.
+        verifier: a name of the table above.
+        text: the decoded response without special tokens. Any text at all; none raises.
+        answer: what is right.
+        metadata: JSON of the row, "" for none; only the tasks' own scorers read it.
+
+    Returns:
+        A number in [0, 1].
 
     Raises:
-        DataError: no such verifier.
+        DataError: unknown verifier or task, or metadata that does not fit it.
     """
-    kind, _, task = verifier.partition(":")
     if not verifier:
         return 0.0
-    text = text[:_LONGEST]
-    if kind == "exact":
-        return float(text.strip() == answer.strip())
-    if kind == "math":
-        return float(_same_value(_final_expression(text), answer))
-    if kind == "reasoning_gym" and task:
-        return _by_task(task, text, answer, metadata)
-    if kind == "scratchpad" and task:
-        return _by_task(task, text.rpartition(">")[2], answer, metadata)
-    raise DataError(f"unknown verifier '{verifier}'", "known: exact, math, reasoning_gym:<task>, scratchpad:<task>")
+    name, _, task = verifier.partition(":")
+    if name in _PLAIN and verifier == name:
+        return _PLAIN[name](text, answer)
+    if name in _TASKS and task:
+        part = _TASKS[name](text)
+        return 0.0 if part is None else tasks.judge(task, part, answer, _metadata(metadata))
+    raise DataError(f"unknown verifier '{verifier}'", f"known: {', '.join(known())}")
 
 
-def _by_task(task: str, text: str, answer: str, metadata: str) -> float:
-    try:
-        facts = json.loads(metadata) if metadata else {}
-    except json.JSONDecodeError:
-        raise DataError(f"metadata of a row for verifier '{task}' is not JSON: {metadata[:80]!r}") from None
-    try:
-        value = float(_scorer(task)(text, {"question": "", "answer": answer, "metadata": facts}))
-    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError):
-        return 0.0  # the scorers are written for well-formed answers; one that chokes on a text does not accept it
-    return min(1.0, max(0.0, value)) if value == value else 0.0
+def check(verifier: str) -> None:
+    """Raises DataError where `score` would, as far as the name alone tells."""
+    name, _, task = verifier.partition(":")
+    if not verifier:
+        return
+    if name in _TASKS and task:
+        if task not in tasks.names():
+            raise DataError(f"verifier '{verifier}': no scorer for task '{task}'", f"known tasks: {', '.join(tasks.names())}")
+    elif verifier not in _PLAIN:
+        raise DataError(f"unknown verifier '{verifier}'", f"known: {', '.join(known())}")
 
 
-@functools.cache
-def _scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
-    import reasoning_gym
-
-    try:
-        return reasoning_gym.create_dataset(task, size=1, seed=0).score_answer
-    except ValueError:
-        raise DataError(f"reasoning-gym has no task '{task}'", "see the row's verifier column") from None
+def known() -> list[str]:
+    """The names that `score` takes."""
+    return [*_PLAIN, *(f"{name}:<task>" for name in _TASKS)]
 
 
-def _final_expression(text: str) -> str:
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth, begin = 0, start + len("\\boxed{")
-        for position in range(begin, len(text)):
-            if text[position] == "{":
-                depth += 1
-            elif text[position] == "}":
-                if depth == 0:
-                    return text[begin:position]
-                depth -= 1
-    numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else ""
+def exact(text: str, answer: str) -> float:
+    """1 if both are the same text, outer whitespace aside."""
+    return float(text.strip() == answer.strip())
 
 
-def _same_value(found: str, answer: str) -> bool:
-    left, right = _number(found), _number(answer)
+def math(text: str, answer: str) -> float:
+    """1 if the final answer of `text` equals `answer`: exactly as rational numbers, or else as text without spaces and markup.
+
+    The final answer is the last complete `\\boxed{...}`, or else the last number (`1,234`, `-0.5`, `3/4`, `2e-3`). Per cent and
+    dollar signs are dropped, not converted. Expressions are not simplified: `2\\sqrt{2}` equals only itself.
+    """
+    found, wanted = boxed(text), boxed(answer) or answer
+    if found is None:
+        numbers = _NUMBERS.findall(_plain(text))
+        found = numbers[-1] if numbers else text
+    if len(found) > LONGEST or len(wanted) > LONGEST:
+        return 0.0
+    left, right = _number(found), _number(wanted)
     if left is not None and right is not None:
-        return left == right
-    return bool(found.strip()) and _squeeze(found) == _squeeze(answer)
+        return float(left == right)
+    return float(_tidy(found) == _tidy(wanted) != "")
+
+
+def boxed(text: str) -> str | None:
+    """What the last complete `\\boxed{...}` holds, braces balanced; None without one."""
+    opened: list[int] = []
+    best: tuple[int, int] | None = None
+    for brace in _BRACES.finditer(text):
+        if brace[0] != "}":
+            opened.append(brace.end() if brace[0] != "{" else -1)
+        elif opened and (start := opened.pop()) >= 0 and (best is None or start > best[0]):
+            best = (start, brace.start())
+    return None if best is None else text[best[0] : best[1]]
+
+
+def after_scratchpad(text: str) -> str | None:
+    """The text after the last `>`; None without one."""
+    _, mark, rest = text.rpartition(">")
+    return rest if mark else None
+
+
+def _plain(text: str) -> str:
+    """LaTeX fractions as `a/b`, wrappers and signs that do not change a number removed."""
+    text = _FRACTION.sub(lambda match: f" {match[1] or match[2]}/{match[3] or match[4]} ", text)
+    text = _WRAPPED.sub(r"\1", text)
+    for drop in ("\\left", "\\right", "\\,", "\\!", "\\;", "\\$", "$", "\\%", "%", "\\ "):
+        text = text.replace(drop, "")
+    return text.replace("\u2212", "-").replace("{,}", ",")
+
+
+def _tidy(text: str) -> str:
+    return re.sub(r"\s+", "", _plain(text)).rstrip(".").removeprefix("+")
 
 
 def _number(text: str) -> Fraction | None:
-    text = _squeeze(text)
-    fraction = re.fullmatch(r"(-?)\\d?frac\{(-?\d+)\}\{(-?\d+)\}", text)
-    if fraction:
-        text = f"{fraction[1]}{fraction[2]}/{fraction[3]}"
-    text = text.replace(",", "").rstrip(".")
-    if len(text) > 200 or not re.fullmatch(r"[+-]{0,2}\d*\.?\d*(?:/-?\d+)?%?", text):
+    match = _WHOLE.fullmatch(_plain(text).strip().rstrip("."))
+    if match is None:
         return None
+    above, below = (Fraction(Decimal(part.replace(",", ""))) if part else Fraction(1) for part in match.groups())
+    return above / below if below else None
+
+
+def _metadata(text: str) -> dict[str, object]:
+    if not text:
+        return {}
     try:
-        return Fraction(text.removesuffix("%").replace("--", ""))
-    except (ValueError, ZeroDivisionError):
-        return None
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise DataError(f"metadata is not a JSON object: {text[:80]!r}")
+    return value
 
 
-def _squeeze(text: str) -> str:
-    return re.sub(r"\s+|\\left|\\right|\\!|\\,|\$", "", text)
+_PLAIN: dict[str, Callable[[str, str], float]] = {"exact": exact, "math": math}
+_TASKS: dict[str, Callable[[str], str | None]] = {"scratchpad": after_scratchpad, "reasoning_gym": lambda text: text}

@@ -1,6 +1,6 @@
 """A rank's state on disk: DeepSpeed's shards, random states, and the layout that wrote them. For actors only.
 
-    layout.json          ranks, ZeRO stage, dtype, step: written last
+    layout.json          ranks, ZeRO stage, dtype, steps and optimiser updates so far: written last
     state/               DeepSpeed's shards
     random_rank00000.pt  random states
 
@@ -36,7 +36,7 @@ def save(engine: Engine, folder: Path) -> None:
     torch.save(_random_states(), folder / _random_file(engine.rank))
     dist.barrier()
     if engine.rank == 0:
-        (folder / LAYOUT).write_text(json.dumps(layout(engine) | {"step": engine.step_index}))
+        (folder / LAYOUT).write_text(json.dumps({"layout": layout(engine), "step": engine.step_index, "updates": engine.updates}))
     dist.barrier()
 
 
@@ -47,8 +47,8 @@ def load(engine: Engine, folder: Path) -> None:
         CheckpointError: nothing complete is there, or it is of another model.
     """
     try:
-        written = json.loads((folder / LAYOUT).read_text())
-        step = int(written.pop("step"))
+        record = json.loads((folder / LAYOUT).read_text())
+        written, step, updates = record["layout"], int(record["step"]), int(record["updates"])
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} is no complete trainer checkpoint: {error}", "go back to the resume point before it") from None
     if written == layout(engine):
@@ -57,8 +57,8 @@ def load(engine: Engine, folder: Path) -> None:
     else:
         from raysys.training.relayout import load_relaid
 
-        load_relaid(engine, folder / TAG, written)
-    engine.step_index = step
+        load_relaid(engine, folder / TAG, written, updates)
+    engine.step_index, engine.updates = step, updates
 
 
 def _load_shards(engine: Engine, folder: Path) -> None:

@@ -36,7 +36,7 @@ class Engine:
     """
 
     def __init__(self, spec: TrainerSpec):
-        self.spec, self.step_index = spec, 0
+        self.spec, self.step_index, self.updates = spec, 0, 0
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         gpu = spec.device == "gpu"
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
@@ -77,7 +77,8 @@ class Engine:
 
         Raises:
             DataError: a row that cannot be trained on.
-            NumericsError: a loss or the gradient norm is not finite; parameters are as before the failed optimiser step.
+            NumericsError: a loss or the gradient norm is not finite. Parameters are as before the failed optimiser step and may
+                be saved; gradients are not, so no further step should follow.
         """
         rows = self._rows(batch, self.spec.objective.columns)
         old = self._old_logprobs(rows, shares) if len(shares) > 1 else None
@@ -111,9 +112,9 @@ class Engine:
             else:
                 loss, metrics = self.spec.objective.loss(outputs, rows.micro(pack))
                 tokens = int(rows.responses[pack].sum())
-                part = tokens / max(1, share.tokens)
+                part = tokens / share.tokens
                 if self.spec.objective.weighting == "sequence":
-                    part = int((rows.responses[pack] > 0).sum()) / max(1, share.sequences)
+                    part = len(pack) / share.sequences
                 meter.part("loss", loss.detach() * (part * weight))
                 meter.add({"entropy": (outputs.entropy.sum(), outputs.mask.sum()), **metrics}, tokens)
             losses.append(loss.detach())
@@ -151,7 +152,6 @@ class Engine:
         if self.world > 1:
             everyone = [None] * self.world
             dist.all_gather_object(everyone, mine)
-        self.engine.zero_grad()
         first = next((f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text), "")
         raise NumericsError(f"step {self.step_index}: {first}", _NUMERICS_REMEDY)
 
@@ -169,6 +169,7 @@ class Engine:
             applied = not self.engine.optimizer.overflow
         if not applied:
             raise NumericsError(f"step {self.step_index}: all losses are finite, the gradient norm is not", _NUMERICS_REMEDY)
+        self.updates += 1
         return norm
 
     def idle_step(self) -> None:

@@ -182,7 +182,7 @@ class TrainerGroup:
     # -- files
 
     def save(self, folder: str) -> None:
-        """Writes all that `load` needs for going on bit by bit. Not atomic: publish it afterwards. On several nodes the folder must be shared."""
+        """Writes all that `load` needs for going on bit by bit. Not atomic: publish it afterwards. Several nodes need a shared folder."""
         self._all("save", [(str(folder),)] * self.config.ranks, self._deadlines.checkpoint, "save", "deadlines.checkpoint")
 
     def load(self, folder: str) -> None:

@@ -37,11 +37,11 @@ class Share:
     """One rank's part of one optimiser step."""
 
     rows: np.ndarray
-    """Rows of the batch that this rank was sent."""
+    """Rows of the batch that this rank was sent, those with at least one response token."""
     tokens: int
     """Response tokens of the optimiser step, all ranks together."""
     sequences: int
-    """Rows with at least one response token, all ranks together."""
+    """Such rows, all ranks together."""
     micro_batches: int
     """Forward and backward passes that every rank makes, empty ones included: their collectives must match."""
 

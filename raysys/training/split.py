@@ -11,7 +11,8 @@ from raysys.training.spec import Share
 def split(prompts: np.ndarray, responses: np.ndarray, *, ranks: int, mini_batches: int, budget: int) -> list[list[Share]]:
     """Shares of each optimiser step and rank, `[mini_batches][ranks]`; rows count in the whole batch.
 
-    Mini-batch i takes every `mini_batches`-th row from row i on, so rows that the batch orders by domain stay mixed.
+    Mini-batch i takes every `mini_batches`-th row from row i on, so rows that the batch orders by domain stay mixed. Rows
+    without a response token have nothing to train on and are in no share.
 
     Args:
         prompts, responses: tokens of each row.
@@ -21,10 +22,10 @@ def split(prompts: np.ndarray, responses: np.ndarray, *, ranks: int, mini_batche
     steps = []
     for first in range(mini_batches):
         rows = np.arange(first, len(lengths), mini_batches)
+        rows = rows[responses[rows] > 0]
         parts = [rows[part] for part in balance(lengths[rows], ranks)]
         passes = max(len(pack_rows(lengths[part], budget)) for part in parts)
-        tokens, sequences = int(responses[rows].sum()), int((responses[rows] > 0).sum())
-        steps.append([Share(part, tokens, sequences, passes) for part in parts])
+        steps.append([Share(part, int(responses[rows].sum()), len(rows), passes) for part in parts])
     return steps
 
 

@@ -46,7 +46,7 @@ class BucketPlan:
         for name, start, size in zip(names, offsets, sizes):
             piece = data[start : start + size]
             torch.from_numpy(piece).copy_(self._tensors[name].detach().contiguous().flatten().view(torch.uint8))
-            digests.append(blake3(memoryview(piece)).hexdigest())
+            digests.append(blake3(piece.data, max_threads=blake3.AUTO).hexdigest())
         return Bucket(
             names=tuple(names),
             shapes=tuple(self.manifest[name][0] for name in names),

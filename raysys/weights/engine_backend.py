@@ -10,6 +10,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ class SharedMemoryUpdate(WeightTransferUpdateInfo):
     shapes: list[list[int]]
     dtypes: list[str]
     offsets: list[int]
+    digests: list[str]
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):
@@ -64,10 +66,13 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
         with mapped(update_info.path) as data:
             tensors = list(views(data, update_info))
-            for name, tensor in tensors:
-                self.digests[name] = digest(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            arrived = {name: digest(tensor.reshape(-1).view(torch.uint8).numpy()) for name, tensor in tensors}
+            self.digests |= arrived
+            if list(arrived.values()) != update_info.digests:
+                return  # the receiver compares and says which: an exception would reach it as a line of text
             # The layerwise loader may keep tensors until a layer is whole, beyond the life of this mapping.
-            self.model.load_weights((name, tensor.to(self.device, copy=True)) for name, tensor in tensors)
+            model: Any = self.model
+            model.load_weights((name, tensor.to(self.device, copy=True)) for name, tensor in tensors)
             del tensors
 
     def finish_weight_update(self) -> None:
@@ -79,24 +84,18 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         return None
 
 
-class mapped:  # noqa: N801  reads as a verb where it is used
-    """The bytes of a file as a uint8 tensor for the time of a block, without a copy."""
-
-    def __init__(self, path: str):
-        self._path = path
-
-    def __enter__(self) -> Tensor:
-        descriptor = os.open(self._path, os.O_RDONLY)
-        try:
-            self._map = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
-        finally:
-            os.close(descriptor)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nobody writes through it
-            return torch.frombuffer(self._map, dtype=torch.uint8)
-
-    def __exit__(self, *exc: object) -> None:
-        self._map = None  # unmapped when the last view goes
+@contextmanager
+def mapped(path: str) -> Iterator[Tensor]:
+    """The bytes of a file as a uint8 tensor, without a copy; unmapped when the last view of it goes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        memory = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+    finally:
+        os.close(descriptor)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # read-only memory: nobody writes through it
+        tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    yield tensor
 
 
 def views(data: Tensor, layout: Any) -> Iterator[tuple[str, Tensor]]:
@@ -110,7 +109,7 @@ def views(data: Tensor, layout: Any) -> Iterator[tuple[str, Tensor]]:
 def forget_packed_experts(model: torch.nn.Module) -> None:
     """On CPU a fused expert layer keeps the kernel that packed its first weights; without this a reload is silently ignored."""
     for module in model.modules():
-        method = getattr(module, "quant_method", None)
+        method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 
@@ -119,8 +118,13 @@ class WeightExtension:
     """Methods that vLLM's worker gains; called through `collective_rpc`."""
 
     def raysys_digests(self: Any) -> dict[str, str]:
-        """Digest of each tensor of the last update, as it arrived."""
+        """Digest of each tensor of this update, as it arrived."""
         return dict(self.weight_transfer_engine.digests)
+
+    def raysys_dtypes(self: Any) -> dict[str, str]:
+        """torch dtype by name of what the model holds; fused and packed tensors go by names of their own."""
+        model = self.weight_transfer_engine.model
+        return {name: str(parameter.dtype).removeprefix("torch.") for name, parameter in model.named_parameters()}
 
     def raysys_differing(self: Any, layout: dict[str, Any]) -> list[str]:
         """Names whose copy in the engine is readable under the same name and shape, and is not equal."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import ray
 
 from raysys.config.parts import Deadlines, Weights
 from raysys.errors import WeightSyncError
@@ -21,8 +22,8 @@ from raysys.weights.digest import fingerprint
 
 Manifest = dict[str, tuple[tuple[int, ...], str]]
 
-PROBE = 24
-"""Tokens of the parity probe."""
+PROBE = 32
+"""Tokens of the parity probe, where the engine's window has room for them."""
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 
 
@@ -51,12 +52,14 @@ class Pusher:
         trainer: see `Trains`.
         workers: handles of rollout actors.
         config: bucket size and parity tolerance.
-        probe_ids: the fixed sequence; None makes one from ids that any vocabulary of at least 32 has.
+        probe_ids: the fixed sequence; None makes one that fits the engine's vocabulary and window.
     """
 
-    def __init__(self, trainer: Trains, workers: Sequence[Any], config: Weights, deadlines: Deadlines, probe_ids: Sequence[int] | None = None):
+    def __init__(
+        self, trainer: Trains, workers: Sequence[Any], config: Weights, deadlines: Deadlines, probe_ids: Sequence[int] | None = None
+    ):
         self._trainer, self._workers, self._config, self._deadlines = trainer, list(workers), config, deadlines
-        self._probe = list(probe_ids) if probe_ids is not None else [3 + (7 * i * i + i) % 29 for i in range(PROBE)]
+        self._probe = list(probe_ids or ())
         self._manifest, self._count = trainer.bucket_plan(config.bucket_mib << 20)
 
     def push(self, version: int) -> PushResult:
@@ -67,15 +70,9 @@ class Pusher:
             DeadlineError: `deadlines.push` ran out.
         """
         began = time.monotonic()
+        self._probe = self._probe or probe_ids(**self._call("limits")[0])
         self._call("begin_update", self._manifest)
-        flying: list[Any] = []
-        for index in range(self._count):
-            bucket = self._trainer.gather_bucket(index)  # only asked for: the workers wait for it themselves
-            flying.append([worker.update.remote(bucket) for worker in self._workers])
-            if len(flying) == 2:
-                self._wait(flying.pop(0), "update")
-        for refs in flying:
-            self._wait(refs, "update")
+        self._send()
         arrived = self._call("finish_update", version)
         marks = [fingerprint(digests) for digests in arrived]
         if len(set(marks)) > 1:
@@ -83,6 +80,23 @@ class Pusher:
         sent = time.monotonic()
         gap = self._parity(version)
         return PushResult(version, marks[0], gap, {"transfer": sent - began, "probe": time.monotonic() - sent})
+
+    def _send(self) -> None:
+        """All buckets to all workers, at most two under way."""
+        flying: list[list[Any]] = []
+        try:
+            for index in range(self._count):
+                bucket = self._trainer.gather_bucket(index)  # only asked for: the workers wait for it themselves
+                flying.append([worker.update.remote(bucket) for worker in self._workers])
+                if len(flying) == 2:
+                    self._wait(flying[0], "update")
+                    flying.pop(0)
+            for refs in flying:
+                self._wait(refs, "update")
+        except Exception:
+            late = [ref for refs in flying for ref in refs]
+            ray.wait(late, num_returns=len(late), timeout=5)  # what is still under way must not run into the next push
+            raise
 
     def _parity(self, version: int) -> float:
         refs = [worker.probe.remote(self._probe) for worker in self._workers]
@@ -92,11 +106,9 @@ class Pusher:
         worst = int(np.argmax(gaps)) if all(np.isfinite(gaps)) else int(np.argmin(np.isfinite(gaps)))
         allowed = self._config.parity_tolerance or self._default_tolerance()
         if not gaps[worst] <= allowed:
-            raise WeightSyncError(
-                f"after push {version} trainer and rollout worker {worst} differ by {gaps[worst]:.3g} nats on the probe, allowed is {allowed:g}: "
-                + self._first_difference(worst),
-                "set weights.parity_tolerance only if the gap is rounding",
-            )
+            gap = f"trainer and worker {worst} differ by {gaps[worst]:.3g} nats on the probe of push {version}, allowed: {allowed:g}"
+            self._call("quarantine", gap)
+            raise WeightSyncError(f"{gap}: {self._first_difference(worst)}", "set weights.parity_tolerance only if the gap is rounding")
         return gaps[worst]
 
     def _default_tolerance(self) -> float:
@@ -107,10 +119,17 @@ class Pusher:
             found = self._wait([self._workers[worker].differing.remote(self._trainer.gather_bucket(index))], "differing")[0]
             if found:
                 return f"the first tensor that differs in the engine is {found[0]}"
-        return "all bytes arrived as they left and every tensor that can be read back is equal, so the engine keeps a packed copy of an older one"
+        return "all bytes arrived as they left, and every tensor that can be read back is equal: an older copy of one that cannot is in use"
 
     def _call(self, method: str, *arguments: Any) -> list[Any]:
         return self._wait([getattr(worker, method).remote(*arguments) for worker in self._workers], method)
 
     def _wait(self, refs: list[Any], operation: str) -> list[Any]:
         return gather(refs, timeout=self._deadlines.push, actor="rollout worker", operation=operation, knob="deadlines.push")
+
+
+def probe_ids(vocabulary: int, length: int) -> list[int]:
+    """A fixed sequence of at most `PROBE` ids, spread over the vocabulary but for its lowest three, which are often special."""
+    first = 3 if vocabulary > 3 else 0
+    golden = 2654435769  # 2**32 over the golden ratio: steps of it spread evenly
+    return [first + ((i * golden % 2**32) * (vocabulary - first) >> 32) for i in range(1, min(PROBE, length) + 1)]

@@ -24,6 +24,9 @@ class SharedMemoryReceiver:
 
     def __init__(self) -> None:
         self._expected: dict[str, tuple[int, ...]] | None = None
+        self._dtypes: dict[str, str] = {}
+        self._dtype = ""
+        self._open = False
         self._announced: Manifest = {}
         self._arrived: set[str] = set()
         sweep()
@@ -43,17 +46,38 @@ class SharedMemoryReceiver:
 
         await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         self._expected = shapes_of(model)
+        self._dtypes = (await engine.collective_rpc("raysys_dtypes"))[0]
+        self._dtype = str(engine.model_config.dtype).removeprefix("torch.")
+
+    async def check(self, engine: Any, manifest: Manifest) -> None:
+        """Raises WeightSyncError for the first name, shape or dtype that the engine's model does not have. Touches nothing."""
+        for name, (shape, dtype) in manifest.items():
+            if dtype not in (self._dtype, self._dtypes.get(name)):
+                raise WeightSyncError(
+                    f"tensor {name} is {dtype}, the engine computes in {self._dtype}", "trainer and rollout need one dtype"
+                )
+            want = self._shape(name)
+            if self._expected is not None and tuple(shape) != want:
+                raise WeightSyncError(
+                    f"tensor {name} has shape {list(shape)}, the engine's model has {list(want) if want else 'no such tensor'}"
+                )
+        for name in self._expected or ():
+            if name not in manifest:
+                raise WeightSyncError(f"tensor {name} of the engine's model is not among the {len(manifest)} that are announced")
+
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        expected = self._expected or {}
+        if name == "lm_head.weight" and name not in expected:
+            name = "model.embed_tokens.weight"  # tied: absent from the file, sent all the same, for an engine may keep a packed copy
+        return expected.get(name)
 
     async def begin(self, engine: Any, manifest: Manifest) -> None:
-        """Raises WeightSyncError for the first name or shape that the engine's model does not have; nothing is touched then."""
-        self._check(manifest)
+        """Opens an update of the engine, closing one that broke off before."""
         self._announced, self._arrived = dict(manifest), set()
-        try:
-            await engine.start_weight_update()
-        except Exception:
-            # An update that failed half-way may have left the session open: close it, then begin anew.
+        if self._open:
             await engine.finish_weight_update()
-            await engine.start_weight_update()
+        await engine.start_weight_update()
+        self._open = True
 
     async def update(self, engine: Any, bucket: Bucket) -> None:
         """Raises WeightSyncError for a tensor that was not announced so."""
@@ -63,11 +87,17 @@ class SharedMemoryReceiver:
             if self._announced.get(name) != (tuple(shape), dtype):
                 raise WeightSyncError(f"tensor {name} came as {list(shape)} {dtype}, announced was {self._announced.get(name)}")
         with _Shared(bucket) as layout:
-            await engine.update_weights(WeightTransferUpdateRequest(update_info=layout))
-        arrived = (await engine.collective_rpc("raysys_digests"))[0]
-        for name, sent in zip(bucket.names, bucket.digests, strict=True):
-            if arrived.get(name) != sent:
-                raise WeightSyncError(f"tensor {name} arrived with other bytes than it left with", "a push of all weights makes the engine usable again")
+            try:
+                await engine.update_weights(WeightTransferUpdateRequest(update_info=layout))
+            except Exception:
+                self._open = False  # vLLM closes an update that raises
+                raise
+        for arrived in await engine.collective_rpc("raysys_digests"):
+            for name, sent in zip(bucket.names, bucket.digests, strict=True):
+                if arrived.get(name) != sent:
+                    raise WeightSyncError(
+                        f"tensor {name} arrived with other bytes than it left with", "a whole push makes the engine usable again"
+                    )
         self._arrived.update(bucket.names)
 
     async def finish(self, engine: Any, version: int) -> dict[str, str]:
@@ -77,6 +107,7 @@ class SharedMemoryReceiver:
             raise WeightSyncError(f"{len(missing)} announced tensors never came, the first is {missing[0]}")
         digests = (await engine.collective_rpc("raysys_digests"))[0]
         await engine.finish_weight_update(weight_version=str(version))
+        self._open = False
         return digests
 
     async def differing(self, engine: Any, bucket: Bucket) -> list[str]:
@@ -86,19 +117,6 @@ class SharedMemoryReceiver:
 
     def close(self) -> None:
         sweep()
-
-    def _check(self, manifest: Manifest) -> None:
-        if self._expected is None:
-            return
-        for name, (shape, _) in manifest.items():
-            want = self._expected.get(name)
-            if want is None and name == "lm_head.weight":  # tied: not in the file, sent all the same
-                want = self._expected.get("model.embed_tokens.weight")
-            if want is None or tuple(shape) != want:
-                raise WeightSyncError(f"tensor {name} has shape {list(shape)}, the engine's model has {list(want) if want else 'no such tensor'}")
-        for name in self._expected:
-            if name not in manifest:
-                raise WeightSyncError(f"tensor {name} of the engine's model is not among the {len(manifest)} that are announced")
 
 
 class _Shared:
@@ -111,13 +129,14 @@ class _Shared:
     def __enter__(self) -> dict[str, Any]:
         bucket = self._bucket
         with open(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.write(memoryview(bucket.data))
+            file.write(bucket.data.data)
         return {
             "path": str(self._path),
             "names": list(bucket.names),
             "shapes": [list(shape) for shape in bucket.shapes],
             "dtypes": list(bucket.dtypes),
             "offsets": list(bucket.offsets),
+            "digests": list(bucket.digests),
         }
 
     def __exit__(self, *exc: object) -> None:
@@ -133,8 +152,13 @@ def sweep() -> None:
 
 
 def shapes_of(model: str) -> dict[str, tuple[int, ...]] | None:
-    """Shape by name from the headers of a folder's safetensors files; None for a hub id, whose engine has only its own checks."""
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    """Shape by name from the headers of the safetensors files that the engine was started from; None if there are none."""
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, allow_patterns=["*.safetensors"], local_files_only=True))
+    files = sorted(folder.glob("*.safetensors"))
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with open(file, "rb") as stream:

@@ -14,3 +14,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder: Path = tmp_path_factory.mktemp("tiny")
     new_causal(NewModel(hidden_size=32, layers=1, heads=1, kv_heads=1, ffn_size=32, context=64), folder, 0)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def chatty(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of the same tokenizer with a chat template."""
+    from raysys.data.text import load_tokenizer
+
+    folder: Path = tmp_path_factory.mktemp("chatty")
+    tokenizer = load_tokenizer(tiny)
+    tokenizer.chat_template = (
+        "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% if enable_thinking %}think{% endif %}{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return str(folder)

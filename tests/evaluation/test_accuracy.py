@@ -60,7 +60,11 @@ def test_run_evaluation_sums_up_and_keeps_examples_of_each_domain() -> None:
     result = run_evaluation(answers, prompts(), decode, exact, examples=3)
     assert {name: domain.mean for name, domain in result.domains.items()} == {"x": pytest.approx(2 / 3), "y": pytest.approx(1 / 3)}
     assert result.truncated == pytest.approx(1 / 6) and result.response_tokens == 1.0
-    assert [(example.domain, example.prompt, example.score) for example in result.examples] == [("x", "0", 1.0), ("y", "1", 1.0), ("x", "2", 1.0)]
+    assert [(example.domain, example.prompt, example.score) for example in result.examples] == [
+        ("x", "0", 1.0),
+        ("y", "1", 1.0),
+        ("x", "2", 1.0),
+    ]
 
 
 def test_evaluator_records_once_keeps_the_best_and_stops(tmp_path: Path) -> None:

@@ -35,16 +35,35 @@ def run_folder(folder: Path, steps: int = 30) -> Path:
         file.write('{"step": 30, "torn')
     with open(folder / "evaluation.jsonl", "w") as file, open(folder / "samples.jsonl", "w") as samples:
         for step, label in ((0, "before"), (15, "step 15"), (30, "after")):
-            file.write(json.dumps({"step": step, "label": label, "split": "choose", "domains": domains(0.26 + step / 100, 0.25 + step / 60)}) + "\n")
+            file.write(
+                json.dumps({"step": step, "label": label, "split": "choose", "domains": domains(0.26 + step / 100, 0.25 + step / 60)})
+                + "\n"
+            )
             for number in range(6):
-                row = {"step": step, "label": label, "domain": "rev", "prompt": f"word{number}<", "response": EVIL, "answer": "drow", "score": float(step > 0)}
+                row = {
+                    "step": step,
+                    "label": label,
+                    "domain": "rev",
+                    "prompt": f"word{number}<",
+                    "response": EVIL,
+                    "answer": "drow",
+                    "score": float(step > 0),
+                }
                 samples.write(json.dumps(row) + "\n")
     return folder
 
 
 def test_a_run_shows_all_of_it(tmp_path: Path) -> None:
     page = render_report(run_folder(tmp_path / "one")).read_text()
-    for text in ("add accuracy 26.0% to 56.0%", "Reverse KL to the teacher", "Where a step", "word4&lt;", "reward_scale=1.25", "abc123", "2.60.0"):
+    for text in (
+        "add accuracy 26.0% to 56.0%",
+        "Reverse KL to the teacher",
+        "Where a step",
+        "word4&lt;",
+        "reward_scale=1.25",
+        "abc123",
+        "2.60.0",
+    ):
         assert text in page
     assert "word5" not in page.partition("<h2>Samples")[2], "five samples"
     body = page.partition("<body>")[2]

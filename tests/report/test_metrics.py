@@ -10,7 +10,14 @@ from pathlib import Path
 from raysys.report.metrics import MetricsWriter
 from raysys.report.progress import Progress, duration, line
 
-RECORD = {"step": 11, "version": 12, "loss": 0.1 + 0.2, "reverse_kl": 1.32, "fingerprint": "ab", "seconds": {"generate": 0.41, "train": 0.3, "total": 0.92}}
+RECORD = {
+    "step": 11,
+    "version": 12,
+    "loss": 0.1 + 0.2,
+    "reverse_kl": 1.32,
+    "fingerprint": "ab",
+    "seconds": {"generate": 0.41, "train": 0.3, "total": 0.92},
+}
 
 
 def test_floats_survive_and_what_is_not_finite_becomes_null(tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""One row on its way in: what a record must hold, and the account of those that do not."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from raysys.errors import DataError
+
+SHOWN = 20
+"""Bad rows that a report names; all are counted."""
+ENOUGH = 1000
+"""Rows that must have been seen before their bad share ends a run in the middle of an epoch."""
+
+Prompt = str | list[dict[str, Any]]
+"""Text, or chat messages as the tokenizer's template takes them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A usable record. `where` is how a person finds it: file and line, or domain and index."""
+
+    id: str
+    where: str
+    prompt: Prompt
+    domain: str = ""
+    answer: str = ""
+    target: str = ""
+    """What a supervised run teaches: the answer, or the answer with its scratchpad."""
+    verifier: str = ""
+    metadata: str = ""
+    context: str | None = None
+    """What the teacher reads in addition (context distillation)."""
+
+
+class BadRow(Exception):
+    """Why a record is not usable; counted and reported, not raised across actors."""
+
+
+@dataclass
+class BadRows:
+    """How many rows were seen, how many were unusable and why. Rows are counted in their first epoch only."""
+
+    max_share: float
+    seen: int = 0
+    bad: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: list[str] = field(default_factory=list)
+
+    def good(self, rows: int = 1) -> None:
+        self.seen += rows
+
+    def add(self, where: str, reason: str) -> None:
+        self.seen += 1
+        self.bad += 1
+        self.reasons[reason.partition(":")[0]] += 1
+        if len(self.examples) < SHOWN:
+            self.examples.append(f"{where}: {reason}")
+
+    def check(self, complete: bool = False) -> None:
+        """Raises DataError when too many rows are bad. `complete`: all rows have been seen, however few."""
+        if self.bad > self.max_share * self.seen and (complete or self.seen >= ENOUGH):
+            raise DataError(
+                f"{self.bad} of {self.seen} rows are unusable, more than data.max_bad_share={self.max_share:g}: "
+                + "; ".join(self.examples[:5]),
+                "correct the rows, or raise data.max_bad_share",
+            )
+
+    def lines(self) -> list[str]:
+        """For people: one line of counts and one for each row that is named; nothing when all rows are good."""
+        if not self.bad:
+            return []
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common())
+        more = [f"  and {self.bad - len(self.examples)} more"] if self.bad > len(self.examples) else []
+        return [f"{self.bad} of {self.seen} data rows were unusable: {reasons}", *(f"  {line}" for line in self.examples), *more]
+
+    def state(self) -> dict[str, Any]:
+        return {"seen": self.seen, "bad": self.bad, "reasons": dict(self.reasons), "examples": list(self.examples)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.seen, self.bad = state["seen"], state["bad"]
+        self.reasons, self.examples = Counter(state["reasons"]), list(state["examples"])
+
+
+def parse(record: Any, *, where: str, row_id: str, default_verifier: str, context_field: str | None) -> Row:
+    """A record of a file as a row.
+
+    Args:
+        record: what the file holds: `prompt`, and optionally `id`, `domain`, `answer`, `verifier`, `metadata`.
+        row_id: used when the record has no id.
+        context_field: the column that the teacher reads in addition; a record without it is bad.
+
+    Raises:
+        BadRow: what is missing or of the wrong type.
+    """
+    if not isinstance(record, Mapping):
+        raise BadRow(f"not an object: found {_kind(record)}")
+    answer = _text(record, "answer", scalars=True)
+    own = _text(record, "id", scalars=True)
+    context = None if context_field is None else _text(record, context_field)
+    if context_field is not None and not context:
+        raise BadRow(f"no `{context_field}`, which data.context_field asks for")
+    return Row(
+        id=own or row_id,
+        where=where,
+        prompt=_prompt(record.get("prompt")),
+        domain=_text(record, "domain"),
+        answer=answer,
+        target=answer,
+        verifier=_text(record, "verifier") or (default_verifier if answer else ""),
+        metadata=_metadata(record.get("metadata")),
+        context=context,
+    )
+
+
+def _prompt(value: Any) -> Prompt:
+    if value is None or value == "" or value == []:
+        raise BadRow("no `prompt`")
+    if isinstance(value, str):
+        return _encodable("prompt", value)
+    if not isinstance(value, list):
+        raise BadRow(f"`prompt` has the wrong type: {_kind(value)}, expected text or a list of chat messages")
+    messages = []
+    for number, message in enumerate(value):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise BadRow(f"`prompt` has the wrong type: message {number} needs `role` and `content` as text")
+        _encodable("prompt", message["content"])
+        messages.append({key: part for key, part in message.items() if part is not None})
+    return messages
+
+
+def _text(record: Mapping[str, Any], key: str, scalars: bool = False) -> str:
+    value = record.get(key)
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return _encodable(key, value)
+    if scalars and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise BadRow(f"`{key}` has the wrong type: {_kind(value)}, expected text")
+
+
+def _metadata(value: Any) -> str:
+    if value is None or value == "":
+        return ""
+    if isinstance(value, str):
+        try:
+            loaded = json.loads(value)
+        except (ValueError, RecursionError):
+            raise BadRow("`metadata` is not JSON") from None
+        if not isinstance(loaded, dict):
+            raise BadRow(f"`metadata` has the wrong type: {_kind(loaded)}, expected an object")
+        return _encodable("metadata", value)
+    if not isinstance(value, Mapping):
+        raise BadRow(f"`metadata` has the wrong type: {_kind(value)}, expected an object")
+    return json.dumps(value, default=str)
+
+
+def _encodable(key: str, text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow(f"`{key}` is not valid Unicode (half a surrogate pair)") from None
+    return text
+
+
+def _kind(value: Any) -> str:
+    return {"dict": "object", "list": "list", "str": "text", "NoneType": "null"}.get(type(value).__name__, type(value).__name__)

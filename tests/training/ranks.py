@@ -1,0 +1,66 @@
+"""Trainer ranks in processes that stay, so that many tests pay for their imports once. What they run is in `work.py`."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+class Ranks:
+    """`ranks(function, **arguments)` calls it on every rank as `function(rank, ranks, port, **arguments)`; results by rank.
+
+    An exception that only a part of the ranks raise may leave the others in a collective: tests let all raise, or none.
+    """
+
+    def __init__(self, count: int):
+        self.count, self.port = count, _free_port()
+        context = mp.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for rank in range(count):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, count, self.port, there), daemon=True)
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def __call__(self, function: Callable[..., Any], **arguments: Any) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        replies = []
+        for pipe in self._pipes:
+            assert pipe.poll(120), f"{function.__name__} did not finish"
+            replies.append(pipe.recv())
+        for result, error in replies:
+            if error is not None:
+                raise error from RuntimeError(result)
+        return [result for result, _ in replies]
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(rank: int, count: int, port: int, pipe: Any) -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((function(rank, count, port, **arguments), None))
+        except Exception as error:
+            pipe.send((traceback.format_exc(), error))

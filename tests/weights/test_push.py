@@ -1,0 +1,133 @@
+"""Pushes to one real engine: what arrives is computed with, what does not is found and named."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from raysys.batch import Batch
+from raysys.errors import InfrastructureError, WeightSyncError
+from raysys.rollout.spec import Sampling
+from raysys.runtime import get
+from raysys.weights.push import PROBE, Pusher, probe_ids
+from tests.weights.trainer import DEADLINES, Place, flipped, stale
+
+TIED = False
+
+pytestmark = [pytest.mark.slow]
+
+ROW = Batch.from_columns(prompt_id=["p"], sample=[0], domain=[""], prompt_ids=[[40, 50, 60]])
+SAMPLING = Sampling(max_tokens=8, seed=0)
+
+
+def engine_gap(place: Place) -> float:
+    """Largest difference between engine and trainer on a sequence that no push ever probed."""
+    ids = [5, 90, 17, 33, 64, 8, 71, 22, 45]
+    found = get(place.pool.workers[0].probe.remote(ids), timeout=60, actor="worker", operation="probe", knob="")
+    return float(abs(found - place.trainer.probe_logprobs(ids)).max())
+
+
+def test_a_push_makes_the_engine_compute_with_the_new_weights(place: Place):
+    before = place.pool.generate(ROW, SAMPLING)
+    pusher, marks = place.pusher(), set()
+    for version in (1, 2, 3):
+        place.trainer.move(version)
+        assert engine_gap(place) > 0.05
+        result = pusher.push(version)
+        assert result.version == version and result.parity_gap < 1e-4 and engine_gap(place) < 1e-4
+        marks.add(result.fingerprint)
+    assert len(marks) == 3 and pusher.push(4).fingerprint == result.fingerprint
+    after = place.pool.generate(ROW, SAMPLING)
+    assert after.ragged("version_spans")[0].tolist() == [0, 4] and before.ragged("version_spans")[0].tolist() == [0, 0]
+    assert not after.table.column("rollout_logprobs").equals(before.table.column("rollout_logprobs"))
+    assert not list(Path("/dev/shm").glob("raysys-push-*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.norm.weight": ((65,), "float32")}, r"model.norm.weight has shape \[65\], the engine's model has \[64\]"),
+        ({"model.norm.weight": ((64,), "bfloat16")}, "model.norm.weight is bfloat16, the engine computes in float32"),
+        ({"model.layers.7.x": ((64,), "float32")}, r"model.layers.7.x has shape \[64\], the engine's model has no such tensor"),
+        ({"model.norm.weight": None}, "model.norm.weight of the engine's model is not among"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(place: Place, change, message):
+    place.pusher().push(5)
+    pusher = place.pusher()
+    pusher._manifest = {name: entry for name, entry in (pusher._manifest | change).items() if entry is not None}
+    with pytest.raises(WeightSyncError, match=message):
+        pusher.push(6)
+    assert engine_gap(place) < 1e-4
+    assert place.pool.generate(ROW, SAMPLING).ragged("version_spans")[0].tolist() == [0, 5]
+
+
+def test_a_changed_byte_is_found_by_name_and_the_worker_waits_for_a_whole_push(place: Place):
+    name = "model.layers.1.mlp.up_proj.weight"
+    place.trainer.move(7)
+    place.trainer.lie = flipped(name)
+    with pytest.raises(WeightSyncError, match=f"{name} arrived with other bytes"):
+        place.pusher().push(7)
+    place.trainer.lie = None
+    with pytest.raises(WeightSyncError, match=f"does not generate: tensor {name} arrived"):
+        place.pool.generate(ROW, SAMPLING)
+    assert place.pusher().push(8).parity_gap < 1e-4
+    assert place.pool.generate(ROW, SAMPLING).ragged("version_spans")[0].tolist() == [0, 8]
+
+
+def test_a_bucket_that_cannot_be_read_is_our_error_and_the_next_push_cures_it(place: Place):
+    from dataclasses import replace
+
+    place.trainer.lie = lambda bucket: replace(bucket, data=bucket.data[:100])
+    with pytest.raises(WeightSyncError, match=r"could not load the bucket from .*see .*rollout-0.log"):
+        place.pusher().push(9)
+    place.trainer.lie = None
+    assert place.pusher().push(10).parity_gap < 1e-4 and engine_gap(place) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.k_proj.weight"])
+def test_parity_finds_what_digests_cannot(place: Place, name: str):
+    """An intact tensor of the wrong moment; one that the engine can show, and one that it keeps fused and packed."""
+    old = place.trainer.model.state_dict()[name].clone()
+    place.trainer.move(11)
+    place.trainer.lie = stale(name, old)
+    pusher = place.pusher()
+    original, asked = place.trainer.lie, place.trainer.asked
+
+    def honest_afterwards(bucket):
+        return original(bucket) if place.trainer.asked - asked <= pusher._count else bucket
+
+    place.trainer.lie = honest_afterwards
+    said = f"the first tensor that differs in the engine is {name}" if "norm" in name else "every tensor that can be read back is equal"
+    with pytest.raises(WeightSyncError, match=said):
+        pusher.push(11)
+    with pytest.raises(WeightSyncError, match="does not generate: trainer and worker 0 differ"):
+        place.pool.generate(ROW, SAMPLING)
+    place.trainer.lie = None
+    assert place.pusher().push(12).parity_gap < 1e-4
+
+
+def test_the_tolerance_can_be_set_and_the_probe_fits(place: Place):
+    place.trainer.move(13)
+    with pytest.raises(WeightSyncError, match="allowed: 1e-12"):
+        place.pusher(parity_tolerance=1e-12).push(13)
+    assert Pusher(place.trainer, place.pool.workers, place.pusher()._config, DEADLINES, probe_ids=[9, 8, 7]).push(14).parity_gap < 1e-4
+    ids = probe_ids(98, 100)
+    assert len(ids) == PROBE and min(ids) >= 3 and max(ids) < 98 and len(set(ids)) > 20
+    assert len(probe_ids(98, 7)) == 7 and set(probe_ids(2, 8)) <= {0, 1}
+
+
+def test_a_killed_engine_is_our_error_at_once(place: Place):
+    """Last: the engine does not survive it."""
+    actor = psutil.Process(place.pool.facts[0]["pid"])
+    for child in actor.children(recursive=True):
+        if child.memory_info().rss > 100 << 20:
+            os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(InfrastructureError, match="rollout worker 0 could not generate: EngineDeadError"):
+        place.pool.generate(ROW, SAMPLING)
+    with pytest.raises(WeightSyncError, match="could not begin an update"):
+        place.pusher().push(15)
