@@ -122,7 +122,7 @@ def default_config(job: str) -> Path:
 
 
 def run_folder(job: str, config: Run) -> Path:
-    """Where this run lives: `run_dir`, else `<runs>/<name>`, else the job's newest unnamed run of the same identity, else the next free number.
+    """Where this run lives: `run_dir`, else `<runs>/<name>`, else the job's newest unnamed run of this identity, else the next number.
 
     Raises:
         ConfigError: a relative folder in a job whose working directory is Ray's temporary copy, or a URI (resume points need rename).
@@ -210,7 +210,7 @@ def _stamp(seconds: float) -> str:
 
 
 def find_ray() -> None:
-    """Says by environment which Ray to join: the one RAY_ADDRESS names, else the head of this checkout if it runs, else none. Always with a token."""
+    """Says by environment which Ray to join: the one RAY_ADDRESS names, else this checkout's head if it runs, else none; with a token."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -46,7 +46,7 @@ class Ledger:
         keep: resume points that stay on disk.
 
     Raises:
-        ConfigError: the folder belongs to a run with another identity (names the keys), or another process has it open (names pid and host).
+        ConfigError: the folder belongs to a run with another identity (names the keys), or is open elsewhere (names pid and host).
     """
 
     def __init__(self, run_dir: Path, config: Config, keep: int = 2):

@@ -55,7 +55,8 @@ class Hardware:
         device = ("gpu" if have else "cpu") if config.device == "auto" else config.device
         if device == "gpu" and gpus_needed > have:
             raise ConfigError(
-                f"the run needs {gpus_needed} GPUs (rollout.workers x rollout.tensor_parallel + scoring.ranks + trainer.ranks), the cluster has {have}",
+                f"the run needs {gpus_needed} GPUs, the cluster has {have} "
+                "(rollout.workers x rollout.tensor_parallel + scoring.ranks + trainer.ranks)",
                 "lower one of these keys, or set device=cpu",
             )
         dtype = wanted_dtype if wanted_dtype != "auto" else "bfloat16" if device == "gpu" else "float32"

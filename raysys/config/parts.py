@@ -40,7 +40,9 @@ class Data(Config):
     """Where prompts (and, for supervised runs, answers) come from: a file or a procedural source, not both."""
 
     path: str | None = None
-    """JSONL or Parquet file, folder or glob; local, s3://, gs:// or hf://. Columns: `prompt` (text or chat messages), optional `id`, `domain`, `answer`, `verifier`, `metadata`."""
+    """JSONL or Parquet: a file, a folder or a glob; local, s3://, gs:// or hf://.
+
+    Columns: `prompt` (text or chat messages), optional `id`, `domain`, `answer`, `verifier`, `metadata`."""
     source: Procedural | None = None
     shuffle: bool = True
     max_bad_share: float = Field(default=0.01, ge=0, le=1)

@@ -18,7 +18,10 @@ _DRAWS = 1000
 
 @dataclass(frozen=True)
 class DomainAccuracy:
-    """`mean` of right answers over `n` prompts with `samples` responses each; `low` and `high` bound it at 95 %; `score` also counts partly right ones."""
+    """`mean` of right answers over `n` prompts with `samples` responses each, bounded by `low` and `high` at 95 %.
+
+    `score` is the mean score, which counts partly right answers too.
+    """
 
     n: int
     samples: int
@@ -93,7 +96,8 @@ def summarize(scores: Sequence[float] | np.ndarray, domains: Sequence[str], samp
     Args:
         scores: [rows] in [0, 1], a prompt's samples side by side.
         domains: tag of each row; rows without one count as "all".
-        samples: responses a prompt. One: Wilson's interval. More: avg@k with a bootstrap over prompts, since a prompt's samples are not independent.
+        samples: responses a prompt. One: Wilson's interval. More: avg@k with a bootstrap over prompts, since samples of one
+            prompt are not independent.
 
     Raises:
         ValueError: the rows are no whole number of prompts.

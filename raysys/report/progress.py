@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Shows records as they come: rewrites its line on a terminal; in a log prints at most every `pause` seconds, and the last step always."""
+    """Shows records as they come: on a terminal in one line, in a log at most every `pause` seconds and the last step always."""
 
     def __init__(self, steps: int, stream: TextIO | None = None, pause: float = 5.0):
         self._steps, self._stream, self._pause = steps, stream or sys.stdout, pause

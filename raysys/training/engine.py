@@ -46,7 +46,7 @@ class Engine:
         # Plain gloo serves; the shared-memory operator would be compiled for a minute first.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
-        # Loaded on CPU: stage 3 moves only a rank's part to its device.
+        # DeepSpeed moves it to its device.
         self.model = load_causal(
             spec.model, self.dtype, "cpu", trainable=True, activation_checkpointing=spec.config.activation_checkpointing
         )

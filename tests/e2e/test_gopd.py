@@ -120,7 +120,8 @@ def test_kill_nine_between_and_inside_steps_changes_nothing(place: Workplace, ti
     calm = place.run("gopd", "calm", config)
     for lines, delay in ((3, 0.0), (5, 0.15)):
         driver = place.start("gopd", "killed", config)
-        _await(lambda lines=lines: len(place.metrics("killed")) >= lines or driver.poll() is not None)
+        while len(place.metrics("killed")) < lines and driver.poll() is None:
+            time.sleep(0.02)
         time.sleep(delay)
         assert driver.poll() is None, "the run ended before it could be killed"
         os.kill(driver.pid, signal.SIGKILL)
@@ -150,10 +151,3 @@ def test_another_identity_in_the_same_folder_is_refused(place: Workplace, tied: 
     driver = place.start("sft", "tied", sft(True, {"add": ADD, "rev": REV}, steps=5, learning_rate=1e-5))
     assert driver.wait(timeout=60) == 2
     assert "learning_rate: 0.004 -> 1e-05" in (place.folder / "tied.log").read_text()
-
-
-def _await(ready: Any, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < end, "nothing happened in time"
-        time.sleep(0.02)

@@ -71,10 +71,14 @@ def test_evaluator_records_once_keeps_the_best_and_stops(tmp_path: Path) -> None
     exported: list[str] = []
     pushed: list[int] = []
 
+    def export(folder: str) -> None:
+        exported.append(folder)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
     def evaluator(bar: float) -> Evaluator:
         return Evaluator(
             generate=answers, prompts=prompts(), decode=decode, score=exact, folder=tmp_path, steps=10, every=4,
-            stop_at={"x": bar}, export=lambda folder: (exported.append(folder), Path(folder).mkdir(parents=True, exist_ok=True)), before=pushed.append,
+            stop_at={"x": bar}, export=export, before=pushed.append,
         )  # fmt: skip
 
     one = evaluator(0.6)

@@ -54,7 +54,7 @@ def _free_port() -> int:
 
 
 def _serve(rank: int, count: int, port: int, pipe: Any) -> None:
-    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     while True:
         try:
             function, arguments = pipe.recv()
