@@ -303,7 +303,8 @@ def _children() -> dict[int, float]:
     found: dict[int, float] = {}
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            found[child.pid] = child.create_time()
+            if not any("resource_tracker" in part for part in child.cmdline()):  # it cleans up after the others
+                found[child.pid] = child.create_time()
     return found
 
 

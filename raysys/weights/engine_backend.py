@@ -121,6 +121,10 @@ class WeightExtension:
         """Digest of each tensor of this update, as it arrived."""
         return dict(self.weight_transfer_engine.digests)
 
+    def raysys_forget_packed_experts(self: Any) -> None:
+        """See `forget_packed_experts`; for backends of vLLM's own, which do not know of it."""
+        forget_packed_experts(self.weight_transfer_engine.model)
+
     def raysys_dtypes(self: Any) -> dict[str, str]:
         """torch dtype by name of what the model holds; fused and packed tensors go by names of their own."""
         model = self.weight_transfer_engine.model

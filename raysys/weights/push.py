@@ -16,7 +16,7 @@ import numpy as np
 import ray
 
 from raysys.config.parts import Deadlines, Weights
-from raysys.errors import WeightSyncError
+from raysys.errors import ConfigError, WeightSyncError
 from raysys.runtime import gather
 from raysys.weights.digest import fingerprint
 
@@ -53,11 +53,16 @@ class Pusher:
         workers: handles of rollout actors.
         config: bucket size and parity tolerance.
         probe_ids: the fixed sequence; None makes one that fits the engine's vocabulary and window.
+
+    Raises:
+        ConfigError: a backend that is not wired.
     """
 
     def __init__(
         self, trainer: Trains, workers: Sequence[Any], config: Weights, deadlines: Deadlines, probe_ids: Sequence[int] | None = None
     ):
+        if config.backend == "nccl":
+            raise ConfigError("weights.backend=nccl: no trainer joins the engines' group yet", "use auto or shared_memory")
         self._trainer, self._workers, self._config, self._deadlines = trainer, list(workers), config, deadlines
         self._probe = list(probe_ids or ())
         self._manifest, self._count = trainer.bucket_plan(config.bucket_mib << 20)

@@ -45,6 +45,9 @@ class SharedMemoryReceiver:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        await self._learn(engine, model)
+
+    async def _learn(self, engine: Any, model: str) -> None:
         self._expected = shapes_of(model)
         self._dtypes = (await engine.collective_rpc("raysys_dtypes"))[0]
         self._dtype = str(engine.model_config.dtype).removeprefix("torch.")
@@ -80,12 +83,10 @@ class SharedMemoryReceiver:
         self._open = True
 
     async def update(self, engine: Any, bucket: Bucket) -> None:
-        """Raises WeightSyncError for a tensor that was not announced so."""
+        """Raises WeightSyncError for a tensor that was not announced so, or whose bytes are not those that left."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        for name, shape, dtype in zip(bucket.names, bucket.shapes, bucket.dtypes, strict=True):
-            if self._announced.get(name) != (tuple(shape), dtype):
-                raise WeightSyncError(f"tensor {name} came as {list(shape)} {dtype}, announced was {self._announced.get(name)}")
+        self._expect(bucket)
         with _Shared(bucket) as layout:
             try:
                 await engine.update_weights(WeightTransferUpdateRequest(update_info=layout))
@@ -100,12 +101,20 @@ class SharedMemoryReceiver:
                     )
         self._arrived.update(bucket.names)
 
+    def _expect(self, bucket: Bucket) -> None:
+        for name, shape, dtype in zip(bucket.names, bucket.shapes, bucket.dtypes, strict=True):
+            if self._announced.get(name) != (tuple(shape), dtype):
+                raise WeightSyncError(f"tensor {name} came as {list(shape)} {dtype}, announced was {self._announced.get(name)}")
+
+    async def _digests(self, engine: Any) -> dict[str, str]:
+        return (await engine.collective_rpc("raysys_digests"))[0]
+
     async def finish(self, engine: Any, version: int) -> dict[str, str]:
         """Digest by name, as arrived. Raises WeightSyncError naming the first announced tensor that never came."""
         missing = [name for name in self._announced if name not in self._arrived]
         if missing:
             raise WeightSyncError(f"{len(missing)} announced tensors never came, the first is {missing[0]}")
-        digests = (await engine.collective_rpc("raysys_digests"))[0]
+        digests = await self._digests(engine)
         await engine.finish_weight_update(weight_version=str(version))
         self._open = False
         return digests
