@@ -13,6 +13,21 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from raysys.errors import DeadlineError, InfrastructureError, PlacementError, RaysysError
 
 
+def compute_environment(threads: int) -> dict[str, str]:
+    """Environment of an actor that runs torch on CPU threads; set before its process starts.
+
+    glibc keeps large blocks (else they go back to the system and are faulted in again at the next micro-batch), and
+    threads that wait sleep (else they hold the cores that the other actors' work needs).
+    """
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "MALLOC_MMAP_THRESHOLD_": str(2**30),
+        "MALLOC_TRIM_THRESHOLD_": str(2**31),
+        "MALLOC_TOP_PAD_": str(2**26),
+    }
+
+
 def get(refs: Any, *, timeout: float, actor: str, operation: str, knob: str) -> Any:
     """`ray.get` with a deadline and a readable error.
 

@@ -12,14 +12,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raysys.batch import Batch, Ragged
 from raysys.config.parts import Deadlines, Scoring
-from raysys.runtime import get, reserve
+from raysys.runtime import compute_environment, get, reserve
 from raysys.scoring.routing import route, shard
 from raysys.scoring.scorer import ScorerSpec, ScorerWorker
 
 _READ = ("prompt_id", "domain", "prompt_ids", "teacher_prompt_ids", "response_ids", "answer", "verifier", "metadata")
-
-# Without these glibc gives every large block back to the system and faults it in again at the next micro-batch.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31), "MALLOC_TOP_PAD_": str(2**26)}
 
 
 class ScorerGroup:
@@ -78,7 +75,7 @@ class ScorerGroup:
         """
         bundle: dict[str, float] = {"CPU": float(self._config.threads)} | ({"GPU": 1.0} if self.spec.device == "gpu" else {})
         self._placement = reserve([bundle] * self._config.ranks, what="scorer", timeout=self._deadlines.placement)
-        environment = {"env_vars": {**_MALLOC, "OMP_NUM_THREADS": str(self._config.threads)}}
+        environment = {"env_vars": compute_environment(self._config.threads)}
         actor = ray.remote(ScorerWorker)
         for rank in range(self._config.ranks):
             place = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)

@@ -15,20 +15,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raysys.batch import Batch, Ragged
 from raysys.config.parts import Deadlines, Trainer
 from raysys.errors import ConfigError, DataError, DeadlineError, InfrastructureError, RaysysError
-from raysys.runtime import get, reserve
+from raysys.runtime import compute_environment, get, reserve
 from raysys.training.objectives import Objective
 from raysys.training.spec import Share, Tally, TrainerSpec
 from raysys.training.split import split
 from raysys.training.worker import TrainerWorker
-
-_ENVIRONMENT = {
-    # Without these glibc gives every large block back to the system and faults it in again at the next micro-batch.
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**31),
-    "MALLOC_TOP_PAD_": str(2**26),
-    # Threads that spin while they wait for a core that somebody else has make a step ten times slower.
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
 
 # A rank that dies takes the others' collectives down with it; theirs is often the first error to arrive, and never the cause.
 _GRACE_SECONDS = 5.0
@@ -90,7 +81,7 @@ class TrainerGroup:
         config, ranks = self.config, self.config.ranks
         bundle: dict[str, float] = {"CPU": float(config.threads)} | ({"GPU": 1.0} if self.spec.device == "gpu" else {})
         self._placement = reserve([bundle] * ranks, what="trainer", timeout=self._deadlines.placement)
-        environment = {"env_vars": {**_ENVIRONMENT, "OMP_NUM_THREADS": str(config.threads)}}
+        environment = {"env_vars": compute_environment(config.threads)}
         actor = ray.remote(TrainerWorker)
         for rank in range(ranks):
             place = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
