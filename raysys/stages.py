@@ -49,6 +49,7 @@ def execute(plan: Plan, jobs: Path, env: Mapping[str, str]) -> int:
     before = {record["name"]: record for record in _earlier(plan.run_dir / "stages.json")}
     records: list[dict[str, Any]] = []
     code = 0
+    _link(plan)
     for number, stage in enumerate(plan.stages, 1):
         record = _one(stage, f"stage {number}/{len(plan.stages)}", plan, jobs, env, before)
         records.append(record)
@@ -122,6 +123,15 @@ def _end(stage: subprocess.Popen[str], before_term: float, before_kill: float) -
         except subprocess.TimeoutExpired:
             act()
     stage.wait()
+
+
+def _link(plan: Plan) -> None:
+    """`<pipeline>/<stage>` leads to the stage's folder, whatever its hash, so that people and configs can name it."""
+    for stage in plan.stages:
+        link = plan.run_dir / stage.name
+        if link.is_symlink() or not link.exists():
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(stage.run_dir, plan.run_dir))
 
 
 def _publish(plan: Plan, records: list[dict[str, Any]], facts: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ This and `jobs/` are the only places, with `loop.py` and `cli.py`, that know mor
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,7 +22,7 @@ from raysys.data.stream import PromptStream
 from raysys.data.text import Decoder
 from raysys.errors import ConfigError
 from raysys.evaluation.during import Evaluator, NoEvaluation
-from raysys.job import Session
+from raysys.job import RUNS_VARIABLE, Session
 from raysys.loop import Evaluates, Parts, train
 from raysys.report.metrics import MetricsWriter
 from raysys.report.progress import Progress
@@ -99,8 +100,18 @@ def _check_data(data: Data, tokenizer: str | None, prompt: int, response: int, d
 
 
 def local_or_id(folder: str) -> str:
-    """An absolute path for a folder that is here (actors have other working directories), else the hub id as it is."""
-    return str(Path(folder).absolute()) if Path(folder).exists() else folder
+    """An absolute path for a folder that is here (actors have other working directories), else the hub id as it is.
+
+    `runs/...` is looked for where this process's runs are kept. Raises ConfigError for a path that leads nowhere.
+    """
+    path = Path(folder)
+    if path.parts[:1] == ("runs",) and os.environ.get(RUNS_VARIABLE):
+        path = Path(os.environ[RUNS_VARIABLE], *path.parts[1:])
+    if path.exists():
+        return str(path.absolute())
+    if folder.startswith(("/", ".", "~", "runs/")):
+        raise ConfigError(f"model folder {folder} does not exist", "`bash cluster/quickstart.sh` makes those of the example configs")
+    return folder
 
 
 # -- jobs
