@@ -88,8 +88,9 @@ def train(parts: Parts, *, steps: int, batch: int, max_age: int = 0, checkpoint_
         with watch("push"):
             pushed = parts.weights.push(step + 1)
         record = {"step": step, "version": step + 1} | describe(scored, step) | metrics | pushed
-        parts.metrics.write(record | {"seconds": watch.lap()})
+        record["seconds"] = watch.lap()
         with watch("record"):
+            parts.metrics.write(record)
             ledger.commit(step, samples.ids, step + 1)
         stop = False
         if parts.evaluator.due(step + 1):

@@ -44,11 +44,11 @@ def overlay(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, 
                     shown = label or (key.partition("/")[2] or "all")
                     lines.append((shown, [x for x, _ in points], [y for _, y in points]))
         if lines:
-            pictures.append((_TITLES[name], _lines(lines, log=name == "parity_gap" and all(y > 0 for _, _, ys in lines for y in ys))))
+            pictures.append((_TITLES[name], _lines(lines, small=name in ("parity_gap", "learning_rate"))))
     return pictures
 
 
-def _lines(lines: Sequence[tuple[str, list[int], list[float]]], log: bool) -> str:
+def _lines(lines: Sequence[tuple[str, list[int], list[float]]], small: bool) -> str:
     import plotly.graph_objects as go
 
     figure = go.Figure()
@@ -59,7 +59,7 @@ def _lines(lines: Sequence[tuple[str, list[int], list[float]]], log: bool) -> st
             x=x, y=y, name=label, mode=mode, line={"color": color, "width": 2 if number == 0 else 1.5}, showlegend=len(lines) > 1
         )
     figure.update_xaxes(title_text="step")
-    figure.update_yaxes(type="log" if log else "linear", rangemode="normal", exponentformat="power" if log else "none")
+    figure.update_yaxes(tickformat=".0e" if small else None, rangemode="tozero" if small else "normal", nticks=6)
     return _html(figure, height=240)
 
 

@@ -114,9 +114,10 @@ def _summary(records: Sequence[Mapping[str, Any]], ends: Sequence[Mapping[str, A
 def _comparison_summary(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     if not rows or not columns:
         return "No stage has been evaluated yet."
-    best = max(rows, key=lambda row: sum(row["domains"].get(name, {}).get("mean", 0) for name in columns))
+    # A specialist is best on average and useless elsewhere: what counts is the domain a model is worst at.
+    best = max(rows, key=lambda row: min(row["domains"].get(name, {}).get("mean", 0.0) for name in columns))
     means = ", ".join(f"{name} {best['domains'][name]['mean']:.1%}" for name in columns if name in best["domains"])
-    return f"Best over all domains: {best['label']} ({means})."
+    return f"Best in its weakest domain: {best['label']} ({means})."
 
 
 def _facts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

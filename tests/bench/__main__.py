@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("name", choices=names())
     parser.add_argument("settings", nargs="*", metavar="key=value")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     module = importlib.import_module(f"tests.bench.{options.name.replace('-', '_')}")
     chosen = settings(module, options.settings)
     figures = module.run(**chosen)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -28,7 +29,7 @@ class Workplace:
     """A folder of runs and the Ray head that they share."""
 
     def __init__(self, folder: Path, head: Head):
-        self.folder = folder
+        self.folder, self.head = folder, head
         self.env = head.env | {"RAYSYS_RUNS_DIR": str(folder), "PYTHONPATH": str(ROOT)}
 
     def start(self, job: str, name: str, config: dict[str, Any], *overrides: str) -> subprocess.Popen[bytes]:
@@ -42,6 +43,19 @@ class Workplace:
         code = self.start(job, name, config, *overrides).wait(timeout=360)
         assert code == 0, f"{job} {name} ended with {code}:\n{(self.folder / f'{name}.log').read_text()[-3000:]}"
         return self.folder / name
+
+    def reach(self, name: str, config: dict[str, Any], lines: int) -> subprocess.Popen[bytes]:
+        """Starts a distillation and returns when its metrics have so many lines."""
+        driver = self.start("gopd", name, config)
+        end = time.monotonic() + 200
+        while len(self.metrics(name)) < lines and driver.poll() is None:
+            assert time.monotonic() < end, "the run did not get there in time"
+            time.sleep(0.02)
+        return driver
+
+    def engines(self) -> list[psutil.Process]:
+        """vLLM's engine processes under this head."""
+        return [one for one in psutil.Process(self.head.pid).children(recursive=True) if "EngineCore" in " ".join(one.cmdline())]
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         path = self.folder / name / "metrics.jsonl"
@@ -145,19 +159,22 @@ def test_the_export_gives_the_same_answers_in_stock_transformers_and_stock_vllm(
 
 
 def test_kill_nine_between_and_inside_steps_changes_nothing(place: Workplace, tied: Path) -> None:
-    """Two teachers, tied embeddings, ExOPD: killed twice and resumed, metrics and weights equal an undisturbed run's bit for bit."""
+    """Two teachers, tied embeddings, ExOPD: killed, killed, its engine killed, and resumed each time: metrics and weights equal an undisturbed run's bit for bit."""
     other = place.run("sft", "other", sft(True, {"rev": REV}, steps=5, student=str(tied / "export"), seed=3))
     config = gopd(tied, {"add": tied, "rev": other}, {"add": ADD, "rev": REV}, reward_scale=1.25, reference=str(tied / "export"))
     config |= {"steps": 7, "checkpoint_every": 2, "batch": 32}
     calm = place.run("gopd", "calm", config)
     for lines, delay in ((3, 0.0), (5, 0.15)):
-        driver = place.start("gopd", "killed", config)
-        while len(place.metrics("killed")) < lines and driver.poll() is None:
-            time.sleep(0.02)
+        driver = place.reach("killed", config, lines)
         time.sleep(delay)
         assert driver.poll() is None, "the run ended before it could be killed"
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
+    driver = place.reach("killed", config, 5)
+    (engine,) = place.engines()
+    engine.kill()
+    assert driver.wait(timeout=60) == 1, "a dead engine ends the run"
+    assert (place.folder / "killed.log").read_text().splitlines()[-1].startswith("error: InfrastructureError: rollout worker")
     killed = place.run("gopd", "killed", config)
     assert place.metrics("killed") == place.metrics("calm") and len(place.metrics("calm")) == 7
     for file in sorted((calm / "export").glob("*.safetensors")):

@@ -95,4 +95,4 @@ def test_a_pipeline_compares_and_links(tmp_path: Path) -> None:
     rows = [{"label": "student", "domains": domains(0.26, 0.25)}, {"label": "OPD", "domains": domains(0.6, 0.8)}]
     (whole / "comparison.json").write_text(json.dumps({"split": "report", "columns": ["add", "rev"], "rows": rows}))
     page = render_report(whole).read_text()
-    assert "Best over all domains: OPD (add 60.0%, rev 80.0%)" in page and 'href="../opd-1/report.html"' in page
+    assert "Best in its weakest domain: OPD (add 60.0%, rev 80.0%)" in page and 'href="../opd-1/report.html"' in page
