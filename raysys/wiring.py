@@ -34,6 +34,7 @@ from raysys.scoring.group import ScorerGroup
 from raysys.scoring.verifiers import score
 from raysys.training.group import TrainerGroup
 from raysys.training.objectives import GopdObjective, Objective, SftObjective
+from raysys.weights.nccl import NcclReceiver
 from raysys.weights.push import Pusher
 from raysys.weights.receive import SharedMemoryReceiver
 
@@ -267,7 +268,7 @@ def _pool(config: GopdConfig | SftConfig | EvaluateConfig, model: str, hardware:
         max_model_len=config.max_prompt_tokens + config.max_response_tokens,
         log_dir=str(folder),
         config=config.rollout,
-        receiver=SharedMemoryReceiver,
+        receiver=NcclReceiver if _broadcasts(config, hardware) else SharedMemoryReceiver,
     )
     return RolloutPool(config.rollout, spec, config.deadlines)
 
@@ -288,8 +289,18 @@ def _trainer(config: GopdConfig | SftConfig, student: str, objective: Objective,
     )
 
 
+def _broadcasts(config: Any, hardware: Hardware) -> bool:
+    """Whether weights go from GPU to GPU. Raises ConfigError when that is asked for without GPUs."""
+    weights = getattr(config, "weights", None)
+    if weights is None or weights.backend != "nccl":
+        return False
+    if hardware.device != "gpu":
+        raise ConfigError("weights.backend=nccl needs GPUs", "use auto or shared_memory")
+    return True
+
+
 def _pusher(config: GopdConfig | SftConfig, trainer: TrainerGroup, pool: RolloutPool, student: str) -> Pusher:
-    return Pusher(trainer, pool.workers, config.weights, config.deadlines)
+    return Pusher(trainer, pool.workers, config.weights, config.deadlines, engine_ranks=config.rollout.tensor_parallel)
 
 
 def _metrics(config: GopdConfig | SftConfig, session: Session, stack: ExitStack) -> Any:

@@ -135,6 +135,12 @@ class RolloutWorker:
 
     # -- weights
 
+    async def join(self, address: str, port: int, first_rank: int, world_size: int) -> None:
+        """Joins a broadcast group whose rank 0 is the trainer; only for receivers that have one."""
+        receiver: Any = self._receiver
+        with self._ours("could not join the trainer's group", WeightSyncError):
+            await receiver.join(self._engine, address, port, first_rank, world_size)
+
     async def begin_update(self, manifest: Manifest) -> None:
         """Opens an update. Raises WeightSyncError for a name, shape or dtype that the model does not have; nothing is swapped then."""
         assert self._receiver is not None

@@ -171,6 +171,28 @@ class TrainerGroup:
             self._wait(refs, self._deadlines.push, f"gather bucket {index}", "deadlines.push")
         return refs[0]
 
+    def bucket_header(self, index: int) -> Any:
+        """Object ref of bucket `index` without its bytes."""
+        return self.workers[0].bucket_header.remote(index)
+
+    def meeting_point(self) -> tuple[str, int]:
+        """Address of rank 0's node and a port free on it."""
+        return get(
+            self.workers[0].address.remote(),
+            timeout=self._deadlines.push,
+            actor="trainer rank 0",
+            operation="find a port",
+            knob="deadlines.push",
+        )
+
+    def open_sender(self, sender: Any, address: str, port: int, world_size: int) -> Any:
+        """Object ref that is ready when rank 0's `sender(address, port, world_size)` has met all its receivers."""
+        return self.workers[0].open_sender.remote(sender, address, port, world_size)
+
+    def send_bucket(self, index: int) -> list[Any]:
+        """Object refs, one a rank, ready when bucket `index` has left; rank 0's holds `{name: digest as it left}`."""
+        return [worker.send_bucket.remote(index) for worker in self.workers]
+
     def probe_logprobs(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Log-probs of ids[1:] given what precedes each, float32, temperature 1."""
         probe = np.asarray(ids, dtype=np.int64)

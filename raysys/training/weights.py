@@ -38,6 +38,22 @@ class BucketPlan:
         with gathered(self._engine, [self._tensors[name] for name in names]):
             return self._pack(names) if first else None
 
+    def header(self, index: int) -> Bucket:
+        """Bucket `index` without its bytes: what receivers of a broadcast are told first."""
+        names = self.buckets[index]
+        shapes, dtypes = (tuple(self.manifest[name][part] for name in names) for part in (0, 1))
+        return Bucket(tuple(names), shapes, dtypes, (0,) * len(names), ("",) * len(names), np.zeros(0, np.uint8))  # type: ignore[arg-type]
+
+    def send(self, index: int, sender: Any) -> dict[str, str]:
+        """Hands bucket `index` to rank 0's `sender.send` on the device. Gives digests of what left, on rank 0. Collective."""
+        names = self.buckets[index]
+        with gathered(self._engine, [self._tensors[name] for name in names]):
+            if sender is None:
+                return {}
+            tensors = [(name, self._tensors[name].detach().contiguous()) for name in names]
+            sender.send(tensors)
+            return {name: blake3(tensor.cpu().flatten().view(torch.uint8).numpy().data).hexdigest() for name, tensor in tensors}
+
     def _pack(self, names: list[str]) -> Bucket:
         sizes = [nbytes(self._tensors[name]) for name in names]
         offsets = np.concatenate([[0], np.cumsum([_aligned(size) for size in sizes])]).tolist()

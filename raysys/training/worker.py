@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ class TrainerWorker:
     def __init__(self, spec: TrainerSpec, rank: int, ranks: int):
         self.spec, self.rank, self.ranks = spec, rank, ranks
         self._engine: Engine | None = None
+        self._sender: Any = None
 
     def address(self) -> tuple[str, int]:
         """This node's address as other nodes see it, and a port free on it: where the ranks meet. Asked of rank 0."""
@@ -97,6 +98,18 @@ class TrainerWorker:
     def gather_bucket(self, index: int) -> Bucket | None:
         """Bucket `index` of the last `bucket_plan`, on rank 0; the other ranks help to gather it."""
         return self._plan.gather(index)
+
+    def bucket_header(self, index: int) -> Bucket:
+        """See `raysys.training.weights.BucketPlan.header`."""
+        return self._plan.header(index)
+
+    def open_sender(self, sender: Callable[[str, int, int], Any], address: str, port: int, world_size: int) -> None:
+        """On rank 0: makes the sender that `send_bucket` hands tensors to. Returns once all receivers have joined."""
+        self._sender = sender(address, port, world_size)
+
+    def send_bucket(self, index: int) -> dict[str, str]:
+        """See `raysys.training.weights.BucketPlan.send`."""
+        return self._plan.send(index, self._sender)
 
     def save(self, folder: str) -> None:
         """See `raysys.training.checkpoint.save`."""

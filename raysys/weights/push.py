@@ -16,9 +16,10 @@ import numpy as np
 import ray
 
 from raysys.config.parts import Deadlines, Weights
-from raysys.errors import ConfigError, WeightSyncError
+from raysys.errors import WeightSyncError
 from raysys.runtime import gather
 from raysys.weights.digest import fingerprint
+from raysys.weights.nccl import NcclSender
 
 Manifest = dict[str, tuple[tuple[int, ...], str]]
 
@@ -33,6 +34,12 @@ class Trains(Protocol):
     def bucket_plan(self, max_bytes: int) -> tuple[Manifest, int]: ...
     def gather_bucket(self, index: int) -> Any: ...
     def probe_logprobs(self, ids: Sequence[int]) -> np.ndarray: ...
+
+    # Only for `weights.backend=nccl`:
+    def meeting_point(self) -> tuple[str, int]: ...
+    def open_sender(self, sender: Any, address: str, port: int, world_size: int) -> Any: ...
+    def bucket_header(self, index: int) -> Any: ...
+    def send_bucket(self, index: int) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -53,18 +60,21 @@ class Pusher:
         workers: handles of rollout actors.
         config: bucket size and parity tolerance.
         probe_ids: the fixed sequence; None makes one that fits the engine's vocabulary and window.
-
-    Raises:
-        ConfigError: a backend that is not wired.
+        engine_ranks: processes of one engine (its tensor parallel size); they all receive.
     """
 
     def __init__(
-        self, trainer: Trains, workers: Sequence[Any], config: Weights, deadlines: Deadlines, probe_ids: Sequence[int] | None = None
+        self,
+        trainer: Trains,
+        workers: Sequence[Any],
+        config: Weights,
+        deadlines: Deadlines,
+        probe_ids: Sequence[int] | None = None,
+        engine_ranks: int = 1,
     ):
-        if config.backend == "nccl":
-            raise ConfigError("weights.backend=nccl: no trainer joins the engines' group yet", "use auto or shared_memory")
         self._trainer, self._workers, self._config, self._deadlines = trainer, list(workers), config, deadlines
         self._probe = list(probe_ids or ())
+        self._engine_ranks, self._joined = engine_ranks, False
         self._manifest, self._count = trainer.bucket_plan(config.bucket_mib << 20)
 
     def push(self, version: int) -> PushResult:
@@ -77,17 +87,35 @@ class Pusher:
         began = time.monotonic()
         self._probe = self._probe or probe_ids(**self._call("limits")[0])
         self._call("begin_update", self._manifest)
-        self._send()
+        left = self._broadcast() if self._config.backend == "nccl" else self._send()
         arrived = self._call("finish_update", version)
-        marks = [fingerprint(digests) for digests in arrived]
+        marks = [fingerprint(left or digests) for digests in arrived]
         if len(set(marks)) > 1:
             raise WeightSyncError(f"workers hold different weights after push {version}: {marks}")
         sent = time.monotonic()
         gap = self._parity(version)
         return PushResult(version, marks[0], gap, {"transfer": sent - began, "probe": time.monotonic() - sent})
 
-    def _send(self) -> None:
-        """All buckets to all workers, at most two under way."""
+    def _broadcast(self) -> dict[str, str]:
+        """All buckets from GPU to GPU; all ranks take part in one at a time. Returns digests of what left."""
+        if not self._joined:
+            address, port = self._trainer.meeting_point()
+            world = 1 + self._engine_ranks * len(self._workers)
+            opened = self._trainer.open_sender(NcclSender, address, port, world)
+            firsts = range(1, world, self._engine_ranks)
+            joins = [worker.join.remote(address, port, first, world) for worker, first in zip(self._workers, firsts, strict=True)]
+            self._wait([opened, *joins], "join the trainer's group")
+            self._joined = True
+        left: dict[str, str] = {}
+        for index in range(self._count):
+            header = self._trainer.bucket_header(index)
+            receiving = [worker.update.remote(header) for worker in self._workers]
+            sending = self._trainer.send_bucket(index)
+            left |= self._wait([*sending, *receiving], "update")[0]
+        return left
+
+    def _send(self) -> dict[str, str]:
+        """All buckets to all workers, at most two under way. Returns nothing: receivers say what arrived."""
         flying: list[list[Any]] = []
         try:
             for index in range(self._count):
@@ -98,6 +126,7 @@ class Pusher:
                     flying.pop(0)
             for refs in flying:
                 self._wait(refs, "update")
+            return {}
         except Exception:
             late = [ref for refs in flying for ref in refs]
             ray.wait(late, num_returns=len(late), timeout=5)  # what is still under way must not run into the next push

@@ -159,7 +159,7 @@ def test_the_export_gives_the_same_answers_in_stock_transformers_and_stock_vllm(
 
 
 def test_kill_nine_between_and_inside_steps_changes_nothing(place: Workplace, tied: Path) -> None:
-    """Two teachers, tied embeddings, ExOPD: killed, killed, its engine killed, and resumed each time: metrics and weights equal an undisturbed run's bit for bit."""
+    """Two teachers, tied embeddings, ExOPD: the driver killed twice, then the engine; metrics and weights end up equal bit for bit."""
     other = place.run("sft", "other", sft(True, {"rev": REV}, steps=5, student=str(tied / "export"), seed=3))
     config = gopd(tied, {"add": tied, "rev": other}, {"add": ADD, "rev": REV}, reward_scale=1.25, reference=str(tied / "export"))
     config |= {"steps": 7, "checkpoint_every": 2, "batch": 32}
@@ -187,6 +187,23 @@ def test_the_routed_teacher_is_the_one_that_scored(place: Workplace, tied: Path)
     """The first step's KL to a teacher that is the student itself is 0; the other domain's is not."""
     steps = place.metrics("calm")
     assert abs(steps[0]["reverse_kl/add"]) < 1e-5 < steps[0]["reverse_kl/rev"]
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("device=gpu", "the run needs 3 GPUs, the cluster has 0"),
+        ("max_response_tokens=999", "together exceed the 64 tokens"),
+        ("teachers={math: /nowhere}", "model folder /nowhere does not exist"),
+        ("data.source.domains.rev.task=no_such_task", "no_such_task"),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_any_actor(place: Workplace, tied: Path, override: str, told: str) -> None:
+    name = f"wrong-{override.partition('=')[0]}"
+    driver = place.start("gopd", name, gopd(tied, {"rev": tied}, {"rev": REV}, steps=1), override)
+    assert driver.wait(timeout=60) == 2
+    lines = [line for line in (place.folder / f"{name}.log").read_text().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and told in lines[0]
 
 
 def test_a_finished_run_prints_its_report_and_leaves(place: Workplace, tied: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from raysys.batch import Bucket
 from raysys.config.parts import Deadlines, Rollout, Weights
 from raysys.config.runs import NewModel
-from raysys.errors import ConfigError, WeightSyncError
+from raysys.errors import WeightSyncError
 from raysys.rollout.spec import RolloutSpec
 from raysys.rollout.worker import RolloutWorker
 from raysys.weights.nccl import NcclReceiver, NcclSender
@@ -85,6 +85,81 @@ def test_a_header_that_was_not_announced_is_refused_and_nothing_is_asked_of_the_
         asyncio.run(receiver.differing(None, bucket))
 
 
-def test_asking_for_what_no_trainer_offers_is_a_config_error():
-    with pytest.raises(ConfigError, match=r"weights.backend=nccl"):
-        Pusher(trainer=None, workers=[], config=Weights(backend="nccl"), deadlines=Deadlines())  # type: ignore[arg-type]
+def _put(value: Any) -> Any:
+    import ray  # not at module level: Ray reads its authentication mode when it is imported
+
+    return ray.put(value)
+
+
+class Twin:
+    """Trainer and worker of a broadcast without a network: what one sends, all receive, in the order of the calls."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[Any, ...]] = []
+        self.weight = 0.0
+
+    def bucket_plan(self, max_bytes: int):
+        return {"a": ((2,), "float32"), "b": ((3,), "float32")}, 2
+
+    def meeting_point(self):
+        return "127.0.0.1", 7
+
+    def open_sender(self, sender: Any, *group: Any):
+        self.log.append(("open", sender, *group))
+        return _put(None)
+
+    def bucket_header(self, index: int):
+        return _put("ab"[index])
+
+    def send_bucket(self, index: int):
+        self.log.append(("send", index))
+        return [_put({"ab"[index]: f"digest-{index}-{self.weight}"}), _put({})]
+
+    def probe_logprobs(self, ids: Any):
+        return np.zeros(len(ids) - 1, np.float32)
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.log: list[tuple[Any, ...]] = []
+
+    def join(self, *group: Any) -> None:
+        self.log.append(("join", *group))
+
+    def begin_update(self, manifest: Any) -> None:
+        self.log.append(("begin", *manifest))
+
+    def update(self, header: Any) -> None:
+        self.log.append(("update", header))
+
+    def finish_update(self, version: int) -> dict[str, str]:
+        return {"a": "", "b": ""}
+
+    def limits(self) -> dict[str, int]:
+        return {"vocabulary": 50, "length": 10}
+
+    def probe(self, ids: Any) -> np.ndarray:
+        return np.zeros(len(ids) - 1, np.float32)
+
+    def seen(self) -> list[tuple[Any, ...]]:
+        return self.log
+
+
+def test_a_broadcast_meets_once_tells_before_it_sends_and_marks_what_left(ray_head: Any):
+    import ray
+
+    ray.init(address=ray_head.gcs, log_to_driver=False)
+    try:
+        trainer, workers = Twin(), [ray.remote(Listener).options(num_cpus=0).remote() for _ in range(2)]
+        pusher = Pusher(trainer, workers, Weights(backend="nccl"), Deadlines(push=30), engine_ranks=2)
+        first, again = pusher.push(1), pusher.push(2)
+        trainer.weight = 1.0
+        moved = pusher.push(3)
+        assert first.fingerprint == again.fingerprint != moved.fingerprint and first.parity_gap == 0
+        assert trainer.log[0] == ("open", NcclSender, "127.0.0.1", 7, 5)
+        assert trainer.log[1:] == [("send", 0), ("send", 1)] * 3
+        heard = ray.get([worker.seen.remote() for worker in workers])
+        assert [log[1] for log in heard] == [("join", "127.0.0.1", 7, 1, 5), ("join", "127.0.0.1", 7, 3, 5)]
+        assert [entry for entry in heard[0] if entry[0] == "update"] == [("update", "a"), ("update", "b")] * 3
+    finally:
+        ray.shutdown()
