@@ -90,7 +90,7 @@ class Engine:
         tally, norms = Tally(), []
         for share in shares:
             self._accumulate(rows, share, old, tally, 1 / len(shares))
-            norms.append(self._update())
+            norms.append(self._update(rows, share))
         self.step_index += 1
         tally.common |= {
             "grad_norm": float(np.mean(norms)),
@@ -155,8 +155,8 @@ class Engine:
         first = next((f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text), "")
         raise NumericsError(f"step {self.step_index}: {first}", _NUMERICS_REMEDY)
 
-    def _update(self) -> float:
-        """The optimiser step. Returns the gradient norm before clipping."""
+    def _update(self, rows: Rows, share: Share) -> float:
+        """The optimiser step on the gradients of `share`. Returns the gradient norm before clipping."""
         if self.stage == 0:
             # Here DeepSpeed would clip without looking: NaN gradients would reach the weights.
             norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.config.clip))
@@ -168,7 +168,10 @@ class Engine:
             norm = float(self.engine.get_global_grad_norm())
             applied = not self.engine.optimizer.overflow
         if not applied:
-            raise NumericsError(f"step {self.step_index}: all losses are finite, the gradient norm is not", _NUMERICS_REMEDY)
+            mine = rows.name(share.rows) or "no rows"
+            raise NumericsError(
+                f"step {self.step_index}: all losses are finite, the gradient norm is not; rank {self.rank} had {mine}", _NUMERICS_REMEDY
+            )
         self.updates += 1
         return norm
 
@@ -208,7 +211,7 @@ class Engine:
         return Rows(batch, columns, self.model.config.get_text_config().vocab_size, self.device)
 
 
-_NUMERICS_REMEDY = "lower learning_rate or trainer.clip, or look at these rows; the weights before this step are intact"
+_NUMERICS_REMEDY = "lower learning_rate or trainer.clip, or look at these rows; the weights are those of the last finite update"
 
 
 def effective_stage(zero_stage: int, dtype: str) -> int:

@@ -165,11 +165,14 @@ class TrainerGroup:
         return plans[0]
 
     def gather_bucket(self, index: int) -> Any:
-        """Object ref of bucket `index` (`raysys.batch.Bucket`) of the last plan. With several ranks it is complete on return."""
-        refs = [worker.gather_bucket.remote(index) for worker in self.workers]
+        """Object ref of bucket `index` (`raysys.batch.Bucket`) of the last plan; its bytes do not come to the driver.
+
+        With several ranks it is complete on return, and what went wrong is raised here.
+        """
+        refs = [worker.share_bucket.options(num_returns=2).remote(index) for worker in self.workers]
         if len(refs) > 1:
-            self._wait(refs, self._deadlines.push, f"gather bucket {index}", "deadlines.push")
-        return refs[0]
+            self._wait([done for _, done in refs], self._deadlines.push, f"gather bucket {index}", "deadlines.push")
+        return refs[0][0]
 
     def bucket_header(self, index: int) -> Any:
         """Object ref of bucket `index` without its bytes."""

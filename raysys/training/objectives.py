@@ -107,7 +107,7 @@ class GopdObjective:
 
     def loss(self, outputs: Outputs, micro: Micro) -> tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]:
         """Metrics: `reverse_kl` (token mean of log p_student - log p_teacher on the sampled tokens; also by domain),
-        `advantage` and `advantage_abs_max`, `importance_weight` and `importance_weight_max`, and those of the policy loss."""
+        `advantage_mean` and `advantage_abs_max`, `importance_mean` and `importance_max`, and those of the policy loss."""
         from raysys.methods.gopd import advantage, importance_weights, policy_loss
 
         mask, teacher = outputs.mask, micro.columns["teacher_logprobs"]
@@ -121,10 +121,10 @@ class GopdObjective:
         gap = ((outputs.logprobs.detach() - teacher) * mask).sum(1)
         of_token = {
             "reverse_kl": (gap.sum(), tokens),
-            "advantage": ((gain * mask).sum(), tokens),
+            "advantage_mean": ((gain * mask).sum(), tokens),
             "advantage_abs_max": (gain * mask).abs().max(),
-            "importance_weight": (weights.sum(), tokens),
-            "importance_weight_max": weights.max(),
+            "importance_mean": (weights.sum(), tokens),
+            "importance_max": weights.max(),
         }
         return loss, {**metrics, **of_token, **_by_domain("reverse_kl", gap, mask.sum(1), micro.domains)}
 

@@ -99,6 +99,10 @@ class TrainerWorker:
         """Bucket `index` of the last `bucket_plan`, on rank 0; the other ranks help to gather it."""
         return self._plan.gather(index)
 
+    def share_bucket(self, index: int) -> tuple[Bucket | None, None]:
+        """`gather_bucket` as two results: the second says that it is there, and can be waited for without fetching the bytes."""
+        return self.gather_bucket(index), None
+
     def bucket_header(self, index: int) -> Bucket:
         """See `raysys.training.weights.BucketPlan.header`."""
         return self._plan.header(index)

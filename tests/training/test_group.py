@@ -13,6 +13,7 @@ import pytest
 from raysys.batch import Bucket
 from raysys.config.parts import Deadlines, Trainer
 from raysys.errors import ConfigError, DataError, DeadlineError, InfrastructureError, NumericsError
+from raysys.training import group as groups
 from raysys.training.group import TrainerGroup
 from raysys.training.objectives import GopdObjective
 from tests.training import work
@@ -47,7 +48,7 @@ def cluster(ray_head):
 
 
 @pytest.mark.slow
-def test_two_actors_do_what_two_processes_do(cluster, pair, models, tmp_path):
+def test_two_actors_do_what_two_processes_do(cluster, pair, models, tmp_path, monkeypatch):
     batches = [gopd_batch(seed=seed) for seed in range(2)]
     want = pair(train, of=spec(models["tied"], zero_stage=3, mini_batches=2), batches=batches)
     with group(models["tied"], ranks=2, zero_stage=3, mini_batches=2) as trainer:
@@ -56,7 +57,14 @@ def test_two_actors_do_what_two_processes_do(cluster, pair, models, tmp_path):
             metrics = trainer.step(batch)
             assert metrics == pytest.approx(merged(want, step), rel=1e-6)
         manifest, count = trainer.bucket_plan(5000)
-        buckets: list[Bucket] = [cluster.get(trainer.gather_bucket(index)) for index in range(count)]
+        fetched, get = [], groups.get
+        with monkeypatch.context() as patch:
+            patch.setattr(groups, "get", lambda *refs, **limits: fetched.append(get(*refs, **limits)))
+            refs = [trainer.gather_bucket(index) for index in range(count)]
+        assert fetched == [None] * (2 * count), "weights came to the driver"
+        buckets: list[Bucket] = cluster.get(refs)
+        with pytest.raises(InfrastructureError, match=f"gather bucket {count}"):
+            trainer.gather_bucket(count)
         got = {name: tensor for bucket in buckets for name, tensor in work.unpack(bucket).items()}
         assert list(got) == list(manifest) == list(want[0][1])
         assert all(np.array_equal(got[name], tensor) for name, tensor in want[0][1].items())
@@ -69,6 +77,9 @@ def test_two_actors_do_what_two_processes_do(cluster, pair, models, tmp_path):
 
         trainer.save(str(tmp_path / "point"))
         after = trainer.step(batches[0])
+        longest = np.argsort(-batch.lengths("response_ids"))[:2]
+        alone = trainer.step(batch.take(longest))  # one row a mini-batch: nothing in it for rank 1
+        assert alone["tokens"] == batch.lengths("response_ids")[longest].sum() and np.isfinite(alone["loss"])
         trainer.load(str(tmp_path / "point"))
         assert trainer.step(batches[0]) == after
         with pytest.raises(DataError, match="no response token"):

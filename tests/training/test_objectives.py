@@ -12,6 +12,7 @@ from raysys.batch import Batch, Ragged
 from raysys.config.runs import GopdConfig
 from raysys.errors import DataError
 from raysys.methods import gopd
+from raysys.report.charts import CURVES
 from raysys.training.objectives import GopdObjective, Outputs, SftObjective
 from raysys.training.rows import Rows
 from tests.training.work import gopd_batch
@@ -44,7 +45,10 @@ def test_gopd_is_its_formulas_on_the_columns(old):
     gap = (given.logprobs - teacher)[given.mask]
     assert metrics["reverse_kl"][0] / metrics["reverse_kl"][1] == pytest.approx(gap.mean().item())
     assert metrics["advantage_abs_max"] == gain[given.mask].abs().max()
-    assert metrics["importance_weight_max"] == weights.max() <= 2.0
+    assert metrics["advantage_mean"][0] / metrics["advantage_mean"][1] == pytest.approx(gain[given.mask].mean().item(), rel=1e-5)
+    assert metrics["importance_mean"][0] == weights.sum()
+    assert {"reverse_kl", "importance_mean"} <= metrics.keys() & set(CURVES), "the report draws them"
+    assert metrics["importance_max"] == weights.max() <= 2.0
     parts = [metrics["reverse_kl/add"], metrics["reverse_kl/rev"]]
     assert sum(part[0] for part in parts) == pytest.approx(metrics["reverse_kl"][0].item(), rel=1e-5)
     assert sum(part[1] for part in parts) == given.mask.sum()
