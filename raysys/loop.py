@@ -10,7 +10,7 @@ advantage, so no separate pass for old log-probs is made (unless `trainer.mini_b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +23,8 @@ from raysys.runtime import Stopwatch
 class Source(Protocol):
     def take(self, batch: int, max_age: int) -> Batch: ...
     def state(self) -> dict[str, Any]: ...
+    def backlog(self) -> Batch | None: ...
+    def counts(self) -> dict[str, int]: ...
 
 
 class Scorers(Protocol):
@@ -66,6 +68,8 @@ class Parts:
     ledger: Ledger
     evaluator: Evaluates
     metrics: Writes
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    """Where the loop's time goes; `.phase` says what it does now."""
 
 
 def train(parts: Parts, *, steps: int, batch: int, max_age: int = 0, checkpoint_every: int = 10) -> int:
@@ -77,7 +81,8 @@ def train(parts: Parts, *, steps: int, batch: int, max_age: int = 0, checkpoint_
     source, ledger, trainer = parts.source, parts.ledger, parts.trainer
     if ledger.step == 0 and parts.evaluator.due(0):
         parts.evaluator.run(0)
-    watch = Stopwatch()
+    watch = parts.watch
+    watch.lap()
     for step in range(ledger.step, steps):
         with watch("generate"):
             samples = source.take(batch, max_age)
@@ -87,7 +92,7 @@ def train(parts: Parts, *, steps: int, batch: int, max_age: int = 0, checkpoint_
             metrics = trainer.step(parts.objective.advantages(scored))
         with watch("push"):
             pushed = parts.weights.push(step + 1)
-        record = {"step": step, "version": step + 1} | describe(scored, step) | metrics | pushed
+        record = {"step": step, "version": step + 1} | describe(scored, step) | metrics | pushed | recovered(source.counts())
         record["seconds"] = watch.lap()
         with watch("record"):
             parts.metrics.write(record)
@@ -116,4 +121,12 @@ def describe(batch: Batch, version: int) -> dict[str, float]:
     if "version_spans" in batch:
         spans = batch.ragged("version_spans")
         facts["age_max"] = float(version - int(spans.values[1::2].min(initial=version)))
+        if facts["age_max"]:
+            ages = version - np.array([row[1] for row in spans.rows()])
+            facts |= {f"age/{age}": float(np.mean(ages == age)) for age in np.unique(ages).tolist()}
     return facts
+
+
+def recovered(counts: dict[str, int]) -> dict[str, dict[str, int]]:
+    """What went wrong so far in this process and was made good, if anything did."""
+    return {"recovered": counts} if any(counts.values()) else {}

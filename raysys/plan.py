@@ -208,7 +208,7 @@ def rollout_place(rollout: Rollout, shape: Shape, length: int, device: Device) -
     if 0 < full < rollout.max_sequences:
         notes.append(f"rollout.max_sequences={rollout.max_sequences} is reached by shorter sequences only")
     remedy = f"one sequence of {length} tokens has no room; raise rollout.tensor_parallel or gpu_memory_utilization, or shorten responses"
-    return Place("rollout", rollout.workers, split, parts, notes, remedy)
+    return Place("rollout", rollout.fewest, split, parts, notes, remedy)
 
 
 def activation_bytes(shape: Shape, tokens: int, width: int, checkpointing: bool) -> float:
@@ -240,7 +240,7 @@ def bounds(shape: Shape, rollout: Rollout, trainer: Trainer, length: int, device
     step_bytes = device.width * (shape.active_parameters + sequences * length / 2 * shape.kv_per_token)
     decode = sequences / (step_bytes / (device.gbps * 1e9 * rollout.tensor_parallel))
     work = (8 if trainer.activation_checkpointing else 6) * shape.active_parameters
-    return {"generation": decode * rollout.workers, "training": trainer.ranks * device.tflops * 1e12 / work}
+    return {"generation": decode * rollout.fewest, "training": trainer.ranks * device.tflops * 1e12 / work}
 
 
 # -- as text

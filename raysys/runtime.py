@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import ray
@@ -42,7 +44,8 @@ def get(refs: Any, *, timeout: float, actor: str, operation: str, knob: str) -> 
         InfrastructureError: the actor or its node died, or it failed in a way nobody foresaw; the first cause is in the text.
     """
     try:
-        return ray.get(refs, timeout=timeout)
+        with waiting(actor, operation, timeout, knob):
+            return ray.get(refs, timeout=timeout)
     except ray.exceptions.GetTimeoutError:
         raise DeadlineError(actor, operation, timeout, knob) from None
     except ray.exceptions.RayTaskError as error:
@@ -51,18 +54,40 @@ def get(refs: Any, *, timeout: float, actor: str, operation: str, knob: str) -> 
         raise InfrastructureError(f"{actor} died during '{operation}': {_first_line(error)}") from error
 
 
-def gather(refs: Sequence[Any], *, timeout: float, actor: str, operation: str, knob: str) -> list[Any]:
-    """As `get` for calls to several actors, but the first that fails is reported at once, while others may hang."""
-    deadline = time.monotonic() + timeout
-    waiting, found = list(refs), {}
-    while waiting:
-        left = max(0.0, deadline - time.monotonic())
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=left, fetch_local=False)
-        if not done:
-            places = [str(list(refs).index(ref)) for ref in waiting]
-            raise DeadlineError(f"{actor} {', '.join(places)} of {len(refs)}", operation, timeout, knob)
-        found[done[0]] = get(done[0], timeout=max(1.0, deadline - time.monotonic()), actor=actor, operation=operation, knob=knob)
-    return [found[ref] for ref in refs]
+_waits: dict[int, dict[str, Any]] = {}
+_wait_numbers = count()
+
+
+@contextmanager
+def waiting(actor: str, operation: str, seconds: float, knob: str) -> Iterator[None]:
+    """Notes for `waits` that this thread waits for an actor, for as long as the block lasts."""
+    number = next(_wait_numbers)
+    _waits[number] = {"for": actor, "operation": operation, "limit_s": seconds, "knob": knob, "since": time.monotonic()}
+    try:
+        yield
+    finally:
+        del _waits[number]
+
+
+def waits() -> list[dict[str, Any]]:
+    """Whom this process waits for now: actor, operation, seconds so far, limit and its knob; the longest first."""
+    now = time.monotonic()
+    found = [
+        {key: value for key, value in one.items() if key != "since"} | {"waited_s": round(now - one["since"], 1)}
+        for one in list(_waits.values())
+    ]
+    return sorted(found, key=lambda one: -one["waited_s"])
+
+
+def dead_actor(error: BaseException | None) -> str:
+    """Id of the actor whose death is behind an error of `get`; "" if none died."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # Ray's wrapper and what it wraps name each other as cause
+        if isinstance(error, ray.exceptions.RayActorError):
+            return error.actor_id or ""
+        seen.add(id(error))
+        error = getattr(error, "cause", None) or error.__cause__
+    return ""
 
 
 def first_cause(error: BaseException, actor: str, operation: str) -> RaysysError:
@@ -102,9 +127,14 @@ def reserve(bundles: Sequence[dict[str, float]], *, what: str, timeout: float, s
         return group
     state = placement_group_table(group)["stats"]["scheduling_state"]
     remove_placement_group(group)
-    raise PlacementError(
-        f"no place for {what}: asked for {_sum(bundles)} as {len(bundles)} bundles ({strategy}), waited {timeout:g} s, "
-        f"cluster has {_plain(ray.cluster_resources())}, free {_plain(ray.available_resources())}, state {state}",
+    raise no_place(bundles, what, timeout, f"{strategy}, state {state}")
+
+
+def no_place(bundles: Sequence[dict[str, float]], what: str, timeout: float, how: str) -> PlacementError:
+    """The error of a cluster that has not the room: what was asked for, what there is in all, what of it is free."""
+    return PlacementError(
+        f"no place for {what}: asked for {_sum(bundles)} as {len(bundles)} bundles ({how}), waited {timeout:g} s, "
+        f"cluster has {_plain(ray.cluster_resources())}, free {_plain(ray.available_resources())}",
         f"ask for less ({what}.workers, {what}.ranks), add nodes, or raise deadlines.placement",
     )
 
@@ -128,12 +158,12 @@ def _plain(resources: Mapping[str, float]) -> dict[str, float]:
 class Stopwatch:
     """Seconds by phase: `with watch("generate"): ...`; `lap()` hands them out and starts over.
 
-    `other` is what no phase claimed since the last lap, so the parts sum to `total`.
+    `phase` is the one that runs now; `other` is what no phase claimed since the last lap, so the parts sum to `total`.
     """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
-        self._phase = ""
+        self._phase = self.phase = ""
         self._since = 0.0
         self._lap = time.monotonic()
 
@@ -142,10 +172,11 @@ class Stopwatch:
         return self
 
     def __enter__(self) -> Stopwatch:
-        self._since = time.monotonic()
+        self._since, self.phase = time.monotonic(), self._phase
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.phase = ""
         self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + time.monotonic() - self._since
 
     def lap(self) -> dict[str, float]:

@@ -24,6 +24,7 @@ from raysys.errors import ConfigError
 from raysys.evaluation.during import Evaluator, NoEvaluation
 from raysys.job import RUNS_VARIABLE, Session
 from raysys.loop import Evaluates, Parts, train
+from raysys.report.live import Live
 from raysys.report.metrics import MetricsWriter
 from raysys.report.progress import Progress
 from raysys.rollout.pool import RolloutPool
@@ -34,6 +35,7 @@ from raysys.scoring.group import ScorerGroup
 from raysys.scoring.verifiers import score
 from raysys.training.group import TrainerGroup
 from raysys.training.objectives import GopdObjective, Objective, SftObjective
+from raysys.watching import Usage, status
 from raysys.weights.nccl import NcclReceiver
 from raysys.weights.push import Pusher
 from raysys.weights.receive import SharedMemoryReceiver
@@ -120,7 +122,7 @@ def local_or_id(folder: str) -> str:
 
 def run_gopd(config: GopdConfig, session: Session) -> None:
     """On-policy distillation: rollouts, scorers and trainer side by side, then the loop."""
-    gpus = config.rollout.workers * config.rollout.tensor_parallel + config.scoring.ranks + config.trainer.ranks
+    gpus = config.rollout.fewest * config.rollout.tensor_parallel + config.scoring.ranks + config.trainer.ranks
     hardware = Hardware.choose(config, config.trainer.dtype, gpus)
     student = local_or_id(config.student)
     reference = local_or_id(config.reference) if config.reference and config.reward_scale != 1 else None
@@ -146,20 +148,33 @@ def run_gopd(config: GopdConfig, session: Session) -> None:
         sampling = Sampling(
             temperature=config.rollout.temperature, top_p=config.rollout.top_p, max_tokens=config.max_response_tokens, seed=config.seed
         )
-        source = OnPolicySource(stream, pool, config.samples, sampling)
+        source = OnPolicySource(
+            stream,
+            pool,
+            config.samples,
+            sampling,
+            order=config.rollout.order,
+            buffer_bytes=config.rollout.buffer_mib << 20,
+            dead_letter=session.ledger.dead_letter,
+            max_dead_letters=config.rollout.max_dead_letters,
+        )
         pusher = _pusher(config, trainer, pool, student)
         resume(session, trainer, source)
         pusher.push(session.ledger.step)
         evaluator = _evaluator(config, session, pool, trainer, student, before=None)
-        parts = Parts(source, scorers, objective, trainer, Pushes(pusher), session.ledger, evaluator, _metrics(config, session, stack))
+        usage = Usage(pool, config)
+        metrics = _metrics(config, session, stack, usage)
+        parts = Parts(source, scorers, objective, trainer, Pushes(pusher), session.ledger, evaluator, metrics)
+        stack.enter_context(Live(session.folder, session.job, lambda: status(config, session, parts, pool, source)))
         finish(config, session, parts, trainer, max_age=config.max_age)
+        log.info(usage.summary())
         for line in stream.report().lines():
             log.info(line)
 
 
 def run_sft(config: SftConfig, session: Session) -> None:
     """Supervised fine-tuning: the same loop with data as its source, no scorers, and a push only where an evaluation needs one."""
-    hardware = Hardware.choose(config, config.trainer.dtype, config.trainer.ranks + (config.rollout.workers if config.evaluation else 0))
+    hardware = Hardware.choose(config, config.trainer.dtype, config.trainer.ranks + (config.rollout.fewest if config.evaluation else 0))
     student = local_or_id(config.student) if config.student else _new_model(config, session.folder)
     objective = SftObjective()
     with ExitStack() as stack:
@@ -180,7 +195,7 @@ def run_sft(config: SftConfig, session: Session) -> None:
 
 def run_evaluate(config: EvaluateConfig, session: Session) -> None:
     """Evaluates each checkpoint in turn; one already on record is not repeated."""
-    hardware = Hardware.choose(config, "auto", config.rollout.workers * config.rollout.tensor_parallel)
+    hardware = Hardware.choose(config, "auto", config.rollout.fewest * config.rollout.tensor_parallel)
     for label, folder in config.models.items():
         model = local_or_id(folder)
         with _pool(config, model, hardware, session.folder) as pool:
@@ -205,7 +220,13 @@ class DataSource:
     def state(self) -> dict[str, Any]:
         return self._stream.state()
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def backlog(self) -> None:
+        return None
+
+    def counts(self) -> dict[str, int]:
+        return {}
+
+    def restore(self, state: dict[str, Any], backlog: Batch | None, version: int) -> None:
         self._stream.restore(state)
 
 
@@ -248,7 +269,7 @@ def resume(session: Session, trainer: TrainerGroup, source: Any) -> None:
     if point is None:
         return
     trainer.load(str(point / "trainer"))
-    source.restore(session.ledger.cursor() or {})
+    source.restore(session.ledger.cursor() or {}, session.ledger.backlog(), session.ledger.step)
     log.info("resumed at step %d from %s", session.ledger.step, point)
 
 
@@ -300,15 +321,19 @@ def _broadcasts(config: Any, hardware: Hardware) -> bool:
 
 
 def _pusher(config: GopdConfig | SftConfig, trainer: TrainerGroup, pool: RolloutPool, student: str) -> Pusher:
-    return Pusher(trainer, pool.workers, config.weights, config.deadlines, engine_ranks=config.rollout.tensor_parallel)
+    pusher = Pusher(trainer, pool, config.weights, config.deadlines, engine_ranks=config.rollout.tensor_parallel)
+    pool.admit = pusher.catch_up
+    return pusher
 
 
-def _metrics(config: GopdConfig | SftConfig, session: Session, stack: ExitStack) -> Any:
+def _metrics(config: GopdConfig | SftConfig, session: Session, stack: ExitStack, usage: Usage | None = None) -> Any:
     writer = stack.enter_context(MetricsWriter(session.folder, session.job, session.folder.name))
     progress = Progress(config.steps)
 
     class Both:
         def write(self, record: dict[str, Any]) -> None:
+            if usage is not None:
+                record["seconds"] |= usage.lap(record["seconds"])
             writer.write(record)
             progress.show(record)
 

@@ -15,7 +15,22 @@ PACKAGE = ROOT / "raysys"
 
 ROOMS = {"data", "rollout", "scoring", "training", "weights"}
 LOW = {"methods", "models", "config", "batch", "runtime", "errors", "tasks"}
-FREE = {"loop", "wiring", "studies", "compression", "cli", "plan", "doctor", "submit", "stages", "pipeline", "job", "jobs"}
+FREE = {
+    "loop",
+    "wiring",
+    "studies",
+    "compression",
+    "cli",
+    "plan",
+    "doctor",
+    "submit",
+    "stages",
+    "pipeline",
+    "job",
+    "jobs",
+    "watching",
+    "supervise",
+}
 """Who may import what it likes: these wire rooms together, or stand outside of a run."""
 
 MAY_IMPORT: dict[str, set[str]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -65,7 +65,8 @@ class Data(Config):
 class Rollout(Config):
     """vLLM workers and how they sample."""
 
-    workers: PositiveInt = placed(1)
+    workers: PositiveInt | Annotated[str, Field(pattern=r"^[1-9]\d*\.\.[1-9]\d*$")] = placed(1)
+    """Engines. A range such as `1..8`: the run starts with the first number and takes more as the cluster has room or grows."""
     tensor_parallel: PositiveInt = placed(1)
     temperature: PositiveFloat = 1.0
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -80,6 +81,42 @@ class Rollout(Config):
     prefix_caching: bool = placed(False)
     threads: PositiveInt = 1
     """CPU threads of an engine. Identity, because the last bits of log-probs depend on it."""
+    order: Literal["first_ready", "in_order"] = "first_ready"
+    """Which finished groups a step takes when there are more than it needs. `max_age=0` needs all that are asked for, so both are one."""
+    kv_cache: Literal["recompute", "keep"] = "recompute"
+    """Of samples in progress when weights change: computed again with the new weights, or kept (faster, but their log-probs mix)."""
+    buffer_mib: PositiveInt = placed(1024)
+    """Responses that may wait for the trainer; generation beyond one batch stops there."""
+    retries: NonNegativeInt = placed(2)
+    """How often a sample that a worker lost is given to another one; then its prompt is a dead letter."""
+    restarts: NonNegativeInt = placed(3)
+    """Workers that may be lost one after another with no sample finished in between."""
+    max_dead_letters: NonNegativeInt = placed(100)
+    """The run stops when more prompts than these could not be sampled."""
+    release_after: PositiveFloat | None = placed(None)
+    """Seconds without work after which a worker above the range's lower end is given back to the cluster; null: never."""
+    record: str | None = placed(None)
+    """Folder to which each step's samples are written, for `replay`."""
+    replay: str | None = placed(None)
+    """Folder of recorded samples to train on instead of generating: no engine is started."""
+
+    @property
+    def fewest(self) -> int:
+        """Workers that the run cannot start without."""
+        return self.workers if isinstance(self.workers, int) else int(self.workers.partition("..")[0])
+
+    @property
+    def most(self) -> int:
+        """Workers that the run never exceeds."""
+        return self.workers if isinstance(self.workers, int) else int(self.workers.partition("..")[2])
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.most < self.fewest:
+            raise ValueError(f"workers={self.workers}: the range ends below its beginning")
+        if self.kv_cache == "keep" and self.prefix_caching:
+            raise ValueError("kv_cache=keep with prefix_caching=true would serve new prompts from old weights' cache; set one of them back")
+        return self
 
 
 class Scoring(Config):
@@ -87,6 +124,8 @@ class Scoring(Config):
 
     ranks: PositiveInt = placed(1)
     """Scorer actors; each holds all frozen models and takes a share of the rows."""
+    retries: NonNegativeInt = placed(2)
+    """How often a scorer that died or hung is replaced in one step."""
     micro_batch_tokens: PositiveInt = placed(16384)
     chunk_tokens: PositiveInt = placed(1024)
     """Positions whose logits exist at the same time."""
@@ -136,3 +175,5 @@ class Deadlines(Config):
     train: PositiveFloat = placed(1800.0)
     push: PositiveFloat = placed(300.0)
     checkpoint: PositiveFloat = placed(900.0)
+    heartbeat: PositiveFloat = placed(120.0)
+    """A rollout worker that has not been heard of for so long is replaced, and its work goes to others."""

@@ -19,6 +19,10 @@ class Run(Config):
     """Default `runs/<name>`. On a remote cluster: a shared absolute path or a URI."""
     seed: int = 0
     device: Literal["auto", "cpu", "gpu"] = placed("auto")
+    price_per_device_hour: PositiveFloat | None = placed(None)
+    """What a GPU costs an hour, in any currency; the run then says what it cost and on what."""
+    restarts: NonNegativeInt = placed(3)
+    """Times that a run which was killed or lost a part of the cluster starts again by itself without getting further. 0: never."""
     deadlines: Deadlines = placed(Deadlines())
 
     def identity(self) -> dict[str, Any]:
@@ -85,8 +89,6 @@ class GopdConfig(Run):
             )
         if not self.teachers:
             raise ValueError("teachers is empty; map each domain tag, or 'default', to a folder")
-        if self.max_age > 0:
-            raise ValueError(f"max_age={self.max_age}: asynchronous generation is not built yet; use max_age=0")
         if self.batch * self.samples < self.trainer.mini_batches:
             raise ValueError(
                 f"trainer.mini_batches={self.trainer.mini_batches} exceeds the {self.batch * self.samples} responses of a step"

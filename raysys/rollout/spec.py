@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from raysys.batch import Bucket
+from raysys.batch import Batch, Bucket
 from raysys.config.parts import Rollout
 
 Manifest = dict[str, tuple[tuple[int, ...], str]]
@@ -57,3 +57,34 @@ class Sampling:
         """Depends on neither the worker nor the moment nor the other rows."""
         text = f"{self.seed}/{prompt_id}/{sample}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A sample that a worker could not draw. `retry`: the worker's fault, so another may succeed; else the row's own."""
+
+    ticket: int
+    cause: str
+    retry: bool
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """What a worker has to say: finished samples and how it is. It comes at least every heartbeat, finished samples or not."""
+
+    tickets: tuple[int, ...] = ()
+    rows: Batch | None = None
+    """`RESPONSE_COLUMNS` of `tickets`, in their order."""
+    failures: tuple[Failure, ...] = ()
+    version: int = 0
+    running: int = 0
+    tokens: int = 0
+    """Response tokens since the start."""
+    busy: float = 0.0
+    """Seconds since the start in which something was running."""
+    broken: str = ""
+    """Why this worker will never answer again; "" while it is well."""
+
+
+RESPONSE_COLUMNS = ("response_ids", "rollout_logprobs", "version_spans", "stop_reason")
+"""What a worker adds to a row."""

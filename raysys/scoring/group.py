@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raysys.batch import Batch, Ragged
 from raysys.config.parts import Deadlines, Scoring
-from raysys.runtime import compute_environment, get, reserve
+from raysys.errors import DeadlineError, InfrastructureError
+from raysys.runtime import compute_environment, dead_actor, get, reserve
 from raysys.scoring.routing import route, shard
 from raysys.scoring.scorer import ScorerSpec, ScorerWorker
+
+log = logging.getLogger(__name__)
 
 _READ = ("prompt_id", "domain", "prompt_ids", "teacher_prompt_ids", "response_ids", "answer", "verifier", "metadata")
 
@@ -58,6 +62,7 @@ class ScorerGroup:
         )
         self._placement: PlacementGroup | None = None
         self._workers: list[Any] = []
+        self.lost = 0
 
     def __enter__(self) -> ScorerGroup:
         return self
@@ -73,21 +78,20 @@ class ScorerGroup:
             DeadlineError: loading took longer than `deadlines.start`.
             ConfigError: a folder holds no model to score with.
         """
-        bundle: dict[str, float] = {"CPU": float(self._config.threads)} | ({"GPU": 1.0} if self.spec.device == "gpu" else {})
+        bundle = self._bundle
         self._placement = reserve([bundle] * self._config.ranks, what="scorer", timeout=self._deadlines.placement)
+        self._workers = [self._actor(rank, bundle) for rank in range(self._config.ranks)]
+        return self._loaded([worker.start.remote() for worker in self._workers])
+
+    def _actor(self, rank: int, bundle: dict[str, float]) -> Any:
+        assert self._placement is not None
+        place = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
+        resources: dict[str, Any] = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0)}
         environment = {"env_vars": compute_environment(self._config.threads)}
-        actor = ray.remote(ScorerWorker)
-        for rank in range(self._config.ranks):
-            place = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
-            resources: dict[str, Any] = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0)}
-            self._workers.append(actor.options(scheduling_strategy=place, runtime_env=environment, **resources).remote(self.spec))
-        return get(
-            [worker.start.remote() for worker in self._workers],
-            timeout=self._deadlines.start,
-            actor="scorer",
-            operation="load the frozen models",
-            knob="deadlines.start",
-        )
+        return ray.remote(ScorerWorker).options(scheduling_strategy=place, runtime_env=environment, **resources).remote(self.spec)
+
+    def _loaded(self, refs: list[Any]) -> list[dict[str, Any]]:
+        return get(refs, timeout=self._deadlines.start, actor="scorer", operation="load the frozen models", knob="deadlines.start")
 
     def annotate(self, batch: Batch, queries: Ragged | None = None) -> Batch:
         """The same rows with `teacher_logprobs` [, `reference_logprobs`] and, if any row has a verifier, `reward` (0 for rows without).
@@ -98,7 +102,8 @@ class ScorerGroup:
 
         Raises:
             DataError: a tag has no teacher (checked before any work is sent), or a row does not fit the models.
-            DeadlineError: scoring took longer than `deadlines.score`.
+            InfrastructureError, DeadlineError: a scorer died or took longer than `deadlines.score`, and so did those that took its place
+                (`scoring.retries`).
         """
         route(batch.strings("domain"), batch.strings("prompt_id"), self.spec.teachers)
         if not len(batch):
@@ -107,12 +112,30 @@ class ScorerGroup:
         needed = Batch(batch.table.select([name for name in _READ if name in batch]))
         if "verifier" in needed and not any(needed.strings("verifier")):
             needed = Batch(needed.table.drop_columns("verifier"))
-        refs = [
-            worker.score.remote(needed.take(rows), None if queries is None else Ragged.of([queries[row] for row in rows], np.int32))
-            for worker, rows in zip(self._workers, shards, strict=False)
-        ]
-        scored = get(refs, timeout=self._deadlines.score, actor="scorer", operation="score a batch", knob="deadlines.score")
+        work = [(needed.take(rows), None if queries is None else Ragged.of([queries[row] for row in rows], np.int32)) for rows in shards]
+        refs = [worker.score.remote(*part) for worker, part in zip(self._workers, work, strict=False)]
+        scored = [self._scored(rank, refs[rank], work[rank]) for rank in range(len(refs))]
         return batch.with_columns(**_merge(scored, shards))
+
+    def _scored(self, rank: int, ref: Any, part: tuple[Batch, Ragged | None]) -> Batch:
+        """A rank's answer; when it dies or hangs, that of the actor which takes its place: scoring twice gives the same twice."""
+        for left in reversed(range(self._config.retries + 1)):
+            try:
+                return get(ref, timeout=self._deadlines.score, actor=f"scorer {rank}", operation="score a batch", knob="deadlines.score")
+            except InfrastructureError as error:
+                if not left or not (isinstance(error, DeadlineError) or dead_actor(error)):
+                    raise
+                log.warning("%s; another takes its place", error.message)
+                self.lost += 1
+                ray.kill(self._workers[rank])
+                self._workers[rank] = self._actor(rank, self._bundle)
+                self._loaded([self._workers[rank].start.remote()])
+                ref = self._workers[rank].score.remote(*part)
+        raise AssertionError("the last try returns or raises")
+
+    @property
+    def _bundle(self) -> dict[str, float]:
+        return {"CPU": float(self._config.threads)} | ({"GPU": 1.0} if self.spec.device == "gpu" else {})
 
     def _tokens(self, batch: Batch) -> np.ndarray:
         prompts = batch.lengths("teacher_prompt_ids" if "teacher_prompt_ids" in batch else "prompt_ids")

@@ -5,6 +5,7 @@ Legend: B rows, n response tokens of one row, K ids asked for at each.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,8 @@ class ScorerWorker:
         device = "cuda" if self.spec.device == "gpu" else "cpu"
         self._models = {folder: load_causal(folder, self.spec.dtype, device) for folder in self.spec.folders}
         self._tokenizer = AutoTokenizer.from_pretrained(self.spec.tokenizer)
-        return {"parameters": {folder: sum(p.numel() for p in model.parameters()) for folder, model in self._models.items()}}
+        parameters = {folder: sum(p.numel() for p in model.parameters()) for folder, model in self._models.items()}
+        return {"parameters": parameters, "pid": os.getpid()}
 
     def score(self, batch: Batch, queries: Ragged | None = None) -> Batch:
         """The new columns of these rows, in the same order.

@@ -8,7 +8,7 @@ neither torch nor vLLM.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,8 +16,8 @@ import numpy as np
 import ray
 
 from raysys.config.parts import Deadlines, Weights
-from raysys.errors import WeightSyncError
-from raysys.runtime import gather
+from raysys.errors import DeadlineError, InfrastructureError, WeightSyncError
+from raysys.runtime import dead_actor, get
 from raysys.weights.digest import fingerprint
 from raysys.weights.nccl import NcclSender
 
@@ -52,12 +52,32 @@ class PushResult:
     seconds: dict[str, float]
 
 
+class Engine(Protocol):
+    """What a push needs of a rollout worker: a name for people and a handle of its actor."""
+
+    name: str
+    handle: Any
+
+
+class Engines(Protocol):
+    """What a push needs of the pool: who is there, and whom to tell what became of them."""
+
+    @property
+    def workers(self) -> Sequence[Any]: ...
+    def await_worker(self) -> None: ...
+    def pushed(self, version: int, members: Sequence[Any]) -> None: ...
+    def lose(self, member: Any, cause: str) -> None: ...
+
+
 class Pusher:
-    """Pushes a trainer's weights to all workers.
+    """Pushes a trainer's weights to the pool's workers.
+
+    A worker that dies or falls silent in the middle is given up and the push goes on for the others. Anything else that goes wrong
+    would go wrong again, and stops the run with the first tensor's name.
 
     Args:
         trainer: see `Trains`.
-        workers: handles of rollout actors.
+        engines: the pool.
         config: bucket size and parity tolerance.
         probe_ids: the fixed sequence; None makes one that fits the engine's vocabulary and window.
         engine_ranks: processes of one engine (its tensor parallel size); they all receive.
@@ -66,100 +86,181 @@ class Pusher:
     def __init__(
         self,
         trainer: Trains,
-        workers: Sequence[Any],
+        engines: Engines,
         config: Weights,
         deadlines: Deadlines,
         probe_ids: Sequence[int] | None = None,
         engine_ranks: int = 1,
     ):
-        self._trainer, self._workers, self._config, self._deadlines = trainer, list(workers), config, deadlines
+        self._trainer, self._engines, self._config, self._deadlines = trainer, engines, config, deadlines
         self._probe = list(probe_ids or ())
-        self._engine_ranks, self._joined = engine_ranks, False
+        self._engine_ranks = engine_ranks
+        self._joined: list[str] = []
         self._manifest, self._count = trainer.bucket_plan(config.bucket_mib << 20)
 
     def push(self, version: int) -> PushResult:
-        """Sends everything and proves it.
+        """Sends everything to everyone and proves it.
 
         Raises:
             WeightSyncError: a tensor does not fit, arrived differently, or the engine computes something else; names the first one.
-            DeadlineError: `deadlines.push` ran out.
+            InfrastructureError: the trainer died, or no worker is left and none comes.
+            DeadlineError: `deadlines.push` ran out for the trainer.
         """
+        while True:
+            result = self._push(version, list(self._engines.workers))
+            if result is not None:
+                return result
+            self._engines.await_worker()
+
+    def catch_up(self, version: int) -> None:
+        """The trainer's weights, which are `version`, to the workers that have none yet."""
+        self._push(version, [member for member in self._engines.workers if member.state == "started"])
+
+    def _push(self, version: int, members: list[Any]) -> PushResult | None:
+        """None: nobody is left to push to."""
         began = time.monotonic()
-        self._probe = self._probe or probe_ids(**self._call("limits")[0])
-        self._call("begin_update", self._manifest)
-        left = self._broadcast() if self._config.backend == "nccl" else self._send()
-        arrived = self._call("finish_update", version)
-        marks = [fingerprint(left or digests) for digests in arrived]
-        if len(set(marks)) > 1:
+        audience = Audience(members, self._engines.lose, self._deadlines.push)
+        if not self._probe:
+            found = audience.ask("limits")
+            self._probe = probe_ids(**next(iter(found.values()))) if found else []
+        audience.ask("begin_update", self._manifest)
+        left = self._broadcast(audience) if self._config.backend == "nccl" else self._send(audience)
+        arrived = audience.ask("finish_update", version)
+        if not arrived:
+            return None
+        marks = {member.name: fingerprint(left or digests) for member, digests in arrived.items()}
+        if len(set(marks.values())) > 1:
             raise WeightSyncError(f"workers hold different weights after push {version}: {marks}")
         sent = time.monotonic()
-        gap = self._parity(version)
-        return PushResult(version, marks[0], gap, {"transfer": sent - began, "probe": time.monotonic() - sent})
+        gap = self._parity(audience, version)
+        if not audience.members:
+            return None
+        self._engines.pushed(version, audience.members)
+        return PushResult(version, next(iter(marks.values())), gap, {"transfer": sent - began, "probe": time.monotonic() - sent})
 
-    def _broadcast(self) -> dict[str, str]:
+    def _broadcast(self, audience: Audience) -> dict[str, str]:
         """All buckets from GPU to GPU; all ranks take part in one at a time. Returns digests of what left."""
-        if not self._joined:
+        names = [member.name for member in audience.members]
+        if names != self._joined:
             address, port = self._trainer.meeting_point()
-            world = 1 + self._engine_ranks * len(self._workers)
+            world = 1 + self._engine_ranks * len(names)
             opened = self._trainer.open_sender(NcclSender, address, port, world)
-            firsts = range(1, world, self._engine_ranks)
-            joins = [worker.join.remote(address, port, first, world) for worker, first in zip(self._workers, firsts, strict=True)]
-            self._wait([opened, *joins], "join the trainer's group")
-            self._joined = True
+            firsts = dict(zip(names, range(1, world, self._engine_ranks), strict=True))
+            joins = {member: member.handle.join.remote(address, port, firsts[member.name], world) for member in audience.members}
+            audience.settle(joins, "join the trainer's group", [opened])
+            self._joined = names
         left: dict[str, str] = {}
         for index in range(self._count):
-            header = self._trainer.bucket_header(index)
-            receiving = [worker.update.remote(header) for worker in self._workers]
-            sending = self._trainer.send_bucket(index)
-            left |= self._wait([*sending, *receiving], "update")[0]
+            receiving = audience.call("update", self._trainer.bucket_header(index))
+            left |= audience.settle(receiving, "update", self._trainer.send_bucket(index))[0]
+            if len(audience.members) < len(names):
+                self._joined = []
+                raise InfrastructureError(
+                    "a rollout worker left the trainer's NCCL group in the middle of a push", "the run resumes by itself"
+                )
         return left
 
-    def _send(self) -> dict[str, str]:
+    def _send(self, audience: Audience) -> dict[str, str]:
         """All buckets to all workers, at most two under way. Returns nothing: receivers say what arrived."""
-        flying: list[list[Any]] = []
+        flying: list[tuple[dict[Any, Any], Any]] = []
         try:
             for index in range(self._count):
                 bucket = self._trainer.gather_bucket(index)  # only asked for: the workers wait for it themselves
-                flying.append([worker.update.remote(bucket) for worker in self._workers])
+                flying.append((audience.call("update", bucket), bucket))
                 if len(flying) == 2:
-                    self._wait(flying[0], "update")
-                    flying.pop(0)
-            for refs in flying:
-                self._wait(refs, "update")
+                    refs, needed = flying.pop(0)
+                    audience.settle(refs, "update", wait_for=needed)
+            for refs, needed in flying:
+                audience.settle(refs, "update", wait_for=needed)
             return {}
         except Exception:
-            late = [ref for refs in flying for ref in refs]
-            ray.wait(late, num_returns=len(late), timeout=5)  # what is still under way must not run into the next push
+            late = [ref for refs, _ in flying for ref in refs.values()]
+            if late:  # what is still under way must not run into the next push
+                ray.wait(late, num_returns=len(late), timeout=5)
             raise
 
-    def _parity(self, version: int) -> float:
-        refs = [worker.probe.remote(self._probe) for worker in self._workers]
+    def _parity(self, audience: Audience, version: int) -> float:
+        refs = audience.call("probe", self._probe)
         mine = np.asarray(self._trainer.probe_logprobs(self._probe))
-        theirs = self._wait(refs, "probe")
-        gaps = [float(np.max(np.abs(np.asarray(one) - mine))) for one in theirs]
-        worst = int(np.argmax(gaps)) if all(np.isfinite(gaps)) else int(np.argmin(np.isfinite(gaps)))
+        gaps = {member: float(np.max(np.abs(np.asarray(found) - mine))) for member, found in audience.settle(refs, "probe").items()}
+        if not gaps:
+            return float("nan")
+        worst = max(gaps, key=lambda member: gaps[member] if np.isfinite(gaps[member]) else float("inf"))
         allowed = self._config.parity_tolerance or self._default_tolerance()
         if not gaps[worst] <= allowed:
-            gap = f"trainer and worker {worst} differ by {gaps[worst]:.3g} nats on the probe of push {version}, allowed: {allowed:g}"
-            self._call("quarantine", gap)
-            raise WeightSyncError(f"{gap}: {self._first_difference(worst)}", "set weights.parity_tolerance only if the gap is rounding")
+            gap = f"trainer and {worst.name} differ by {gaps[worst]:.3g} nats on the probe of push {version}, allowed: {allowed:g}"
+            audience.ask("quarantine", gap)
+            raise WeightSyncError(
+                f"{gap}: {self._first_difference(audience, worst)}", "set weights.parity_tolerance only if the gap is rounding"
+            )
         return gaps[worst]
 
     def _default_tolerance(self) -> float:
         return max(_TOLERANCE.get(dtype, 1e-3) for _, dtype in self._manifest.values())
 
-    def _first_difference(self, worker: int) -> str:
+    def _first_difference(self, audience: Audience, member: Any) -> str:
         for index in range(self._count):
-            found = self._wait([self._workers[worker].differing.remote(self._trainer.gather_bucket(index))], "differing")[0]
-            if found:
-                return f"the first tensor that differs in the engine is {found[0]}"
+            found = audience.settle({member: member.handle.differing.remote(self._trainer.gather_bucket(index))}, "differing")
+            for name in found.get(member, []):
+                return f"the first tensor that differs in the engine is {name}"
         return "all bytes arrived as they left, and every tensor that can be read back is equal: an older copy of one that cannot is in use"
 
-    def _call(self, method: str, *arguments: Any) -> list[Any]:
-        return self._wait([getattr(worker, method).remote(*arguments) for worker in self._workers], method)
 
-    def _wait(self, refs: list[Any], operation: str) -> list[Any]:
-        return gather(refs, timeout=self._deadlines.push, actor="rollout worker", operation=operation, knob="deadlines.push")
+class Audience:
+    """The workers of one push, fewer when some die in it.
+
+    Args:
+        members: who is there at its start.
+        lose: told of each that is given up, and why.
+        timeout: seconds of each wait, `deadlines.push`.
+    """
+
+    def __init__(self, members: Sequence[Any], lose: Callable[[Any, str], None], timeout: float):
+        self.members, self._lose, self._timeout = list(members), lose, timeout
+
+    def ask(self, method: str, *arguments: Any) -> dict[Any, Any]:
+        """Calls a method on everyone; answers by worker."""
+        return self.settle(self.call(method, *arguments), method)
+
+    def call(self, method: str, *arguments: Any) -> dict[Any, Any]:
+        return {member: getattr(member.handle, method).remote(*arguments) for member in self.members}
+
+    def settle(self, refs: dict[Any, Any], operation: str, wait_for: Any = None) -> dict[Any, Any]:
+        """Answers by worker of those that are still there; with a list in `wait_for`, under 0 what its first ref holds.
+
+        Raises:
+            WeightSyncError: a worker says that something does not fit.
+            DeadlineError, InfrastructureError: `wait_for`, refs of the trainer that the workers' answers depend on, did not come.
+        """
+        needed = wait_for if isinstance(wait_for, list) else [wait_for] if wait_for is not None else []
+        everyone = [*refs.values(), *needed]
+        ray.wait(everyone, num_returns=len(everyone), timeout=self._timeout, fetch_local=False)
+        late = [ref for ref in needed if not ray.wait([ref], timeout=0, fetch_local=False)[0]]
+        if late:
+            raise DeadlineError("the trainer", f"give its part of '{operation}'", self._timeout, "deadlines.push")
+        answers: dict[Any, Any] = {}
+        if isinstance(wait_for, list):
+            answers[0] = self._get(needed[0], "the trainer", operation)
+        for member, ref in refs.items():
+            if not ray.wait([ref], timeout=0, fetch_local=False)[0]:
+                self._give_up(member, f"no answer to '{operation}' in {self._timeout:g} s (deadlines.push)")
+                continue
+            try:
+                answers[member] = self._get(ref, member.name, operation)
+            except InfrastructureError as error:
+                dead = dead_actor(error)
+                if isinstance(error, WeightSyncError) or dead not in ("", member.handle._actor_id.hex()):
+                    raise  # in the second case it was the trainer that died, and the worker's answer is only the echo
+                self._give_up(member, error.message)
+        return answers
+
+    def _get(self, ref: Any, actor: str, operation: str) -> Any:
+        return get(ref, timeout=self._timeout, actor=actor, operation=operation, knob="deadlines.push")
+
+    def _give_up(self, member: Any, cause: str) -> None:
+        if member in self.members:
+            self.members.remove(member)
+            self._lose(member, f"{cause} (in a weight push)")
 
 
 def probe_ids(vocabulary: int, length: int) -> list[int]:

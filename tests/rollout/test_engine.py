@@ -17,7 +17,6 @@ import ray
 from raysys.batch import Batch, Ragged
 from raysys.config.parts import Deadlines, Rollout
 from raysys.config.runs import NewModel
-from raysys.errors import DeadlineError
 from raysys.rollout.pool import RolloutPool
 from raysys.rollout.spec import RolloutSpec, Sampling
 
@@ -39,7 +38,7 @@ def pool(ray_head: Any, folder: Path) -> Iterator[RolloutPool]:
     config = Rollout(kv_cache_mib=16)
     spec = RolloutSpec(str(folder), device="cpu", dtype="float32", max_model_len=WINDOW, config=config, log_dir=str(folder / "logs"))
     try:
-        with RolloutPool(config, spec, Deadlines(placement=60, start=200, generate=60)) as pool:
+        with RolloutPool(config, spec, Deadlines(placement=60, start=200, generate=60, heartbeat=8)) as pool:
             pool.start()
             yield pool
     finally:
@@ -138,15 +137,15 @@ def test_greedy_takes_the_likeliest(pool, reference):
         assert reference(prompt, response).argmax(-1).tolist() == response.tolist()
 
 
-def test_a_hung_engine_meets_the_deadline_and_leaves_nothing_behind(pool, folder):
-    """Last: the engine does not survive it."""
+def test_an_engine_that_stands_still_is_found_out_and_replaced(pool, folder):
+    """Nothing of vLLM times out then; only silence tells."""
+    calm = pool.generate(prompts(6), Sampling(max_tokens=4, seed=0))
     actor = psutil.Process(pool.facts[0]["pid"])
     core = [child for child in actor.children(recursive=True) if child.memory_info().rss > 100 << 20]
     assert len(core) == 1
     os.kill(core[0].pid, signal.SIGSTOP)
-    pool._deadlines = Deadlines(generate=1.0)
-    with pytest.raises(DeadlineError, match="rollout worker 0 of 1 did not finish 'generate' within 1 s"):
-        pool.generate(prompts(2), Sampling(max_tokens=4, seed=0))
+    assert pool.generate(prompts(6), Sampling(max_tokens=4, seed=0)).table.equals(calm.table)
+    assert pool.lost == 1
     pool.close()
     until = time.monotonic() + 10
     while (actor.is_running() or core[0].is_running()) and time.monotonic() < until:

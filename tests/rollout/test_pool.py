@@ -4,46 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
+from collections import deque
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
 from raysys.batch import Batch, Ragged
 from raysys.config.parts import Deadlines, Rollout
-from raysys.errors import DeadlineError, InfrastructureError, PlacementError, WeightSyncError
+from raysys.errors import DataError, InfrastructureError, PlacementError
 from raysys.rollout.pool import RolloutPool
+from raysys.rollout.results import Result
+from raysys.rollout.serving import Response, Serving
 from raysys.rollout.source import OnPolicySource
 from raysys.rollout.spec import RolloutSpec, Sampling
 
 
-class Echo:
-    """A worker whose response is the prompt backwards; a prompt that begins with 99 to 96 kills, stops, or breaks it."""
+class Echo(Serving):
+    """A worker whose response is the prompt backwards; a prompt that begins with 99 to 95 kills, stops, or breaks it."""
 
     def __init__(self, spec: RolloutSpec, rank: int):
+        super().__init__(spec.config.max_sequences)
         self.rank = rank
 
     async def start(self) -> dict:
-        return {"vllm": "none", "pid": os.getpid()}
+        return {"vllm": "none", "pid": os.getpid(), "vocabulary": 1000}
 
-    async def generate(self, prompts: Batch, sampling: Sampling) -> Batch:
-        rows = prompts.ragged("prompt_ids").rows()
-        first = {int(row[0]) for row in rows}
-        if 99 in first:
+    async def respond(self, ids: np.ndarray, sampling: Sampling, seed: int) -> Response:
+        first = int(ids[0])
+        if first == 99:
             os._exit(1)
-        if 98 in first:
+        if first == 98:
             await asyncio.sleep(60)
-        if 97 in first:
-            raise WeightSyncError("half an update", "push again")
-        if 96 in first:
+        if first == 97:
+            raise DataError("this row is no good")
+        if first == 96:
             raise RuntimeError("boom")
-        seeds = [sampling.seed_of(prompt, int(sample)) for prompt, sample in zip(prompts.strings("prompt_id"), prompts.numbers("sample"))]
-        return prompts.with_columns(
-            response_ids=Ragged.of([row[::-1] for row in rows], np.int32),
-            rollout_logprobs=Ragged.of([[seed % 97] * len(row) for seed, row in zip(seeds, rows)], np.float32),
-            stop_reason=["stop"] * len(rows),
-        )
+        if first == 95:
+            return Response([5000], [0.0], [0, 0], "stop")
+        return Response(ids[::-1].tolist(), [float(seed % 97)] * len(ids), [0, 0], "stop")
 
     async def close(self) -> None:
         return None
@@ -56,8 +58,8 @@ def cluster(ray_head):
     ray.shutdown()
 
 
-def pool(workers: int, **deadlines: float) -> RolloutPool:
-    config = Rollout(workers=workers)
+def pool(workers: int | str, retries: int = 2, release_after: float | None = None, **deadlines: float) -> RolloutPool:
+    config = Rollout(workers=workers, retries=retries, release_after=release_after)
     spec = RolloutSpec(model="m", device="cpu", dtype="float32", max_model_len=32, config=config)
     return RolloutPool(config, spec, Deadlines(**{"placement": 60.0, "start": 120.0, "generate": 60.0} | deadlines), worker=Echo)
 
@@ -88,28 +90,76 @@ def test_rows_come_back_in_order_whatever_the_number_of_workers():
     assert found[1].table.equals(found[0].table) and found[2].table.equals(found[0].table)
 
 
-def test_what_goes_wrong_is_said_at_once():
-    sampling = Sampling(max_tokens=4, seed=0)
-    with pool(2, generate=2.0) as group:
+SAMPLING = Sampling(max_tokens=4, seed=0)
+
+
+def test_a_row_that_cannot_be_sampled_is_named_with_its_causes_and_the_others_go_on():
+    with pool(2, retries=1, generate=2.0) as group:
         group.start()
-        with pytest.raises(WeightSyncError, match="half an update"):
-            group.generate(prompts([97]), sampling)
-        with pytest.raises(InfrastructureError, match="boom"):
-            group.generate(prompts([96]), sampling)
-        with pytest.raises(DeadlineError, match=r"'generate' within 2 s \(raise deadlines.generate"):
-            group.generate(prompts([98, 5]), sampling)
-    with pool(2) as group:  # one dies while the other would still take a minute
+        with pytest.raises(DataError, match=r"sample p0/0 could not be drawn: this row is no good \("):
+            group.generate(prompts([97, 5]), SAMPLING)
+        with pytest.raises(InfrastructureError, match="p1/0 could not be drawn: RuntimeError: boom; then RuntimeError: boom"):
+            group.generate(prompts([5, 96]), SAMPLING)
+        with pytest.raises(InfrastructureError, match=r"no answer from rollout worker \d in 2 s \(deadlines.generate\); then no answer"):
+            group.generate(prompts([98, 5]), SAMPLING)
+        assert group.lost == 0 and group.counts() == {"redispatched": 2, "duplicates": 0, "lost_workers": 0}
+        with pytest.raises(InfrastructureError, match="token ids from 5000 to 5000, the vocabulary has 1000"):
+            group.generate(prompts([95]), SAMPLING)
+        assert group.lost == 2, "a worker that answers nonsense is not believed again"
+        assert len(group.generate(prompts([5, 6, 7]), SAMPLING)) == 3
+
+
+def test_a_prompt_that_kills_its_worker_is_given_up_and_the_others_are_not_lost():
+    with pool(2) as group:
         group.start()
+        inbox: deque[Result] = deque()
+        tickets = group.submit(prompts([99, *range(3, 40)]), SAMPLING, inbox)
+        group.wait(lambda: len(inbox) == len(tickets), "generate")
+        dead = [result for result in inbox if result.rows is None]
+        assert [result.ticket for result in dead] == tickets[:1] and len(dead[0].causes) == 3
+        assert all("died during 'generate'" in cause for cause in dead[0].causes)
+        assert sorted(result.ticket for result in inbox) == tickets and group.lost == 3
+
+
+def test_workers_that_die_with_no_sample_in_between_end_the_run():
+    with pool(1, retries=9) as group:
+        group.start()
+        with pytest.raises(InfrastructureError, match="4 rollout workers were lost with no sample in between, the first: rollout worker 0"):
+            group.generate(prompts([99]), SAMPLING)
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_worker_that_dies_or_falls_silent_is_replaced(signal_):
+    with pool(2, heartbeat=2.0) as group:
+        group.start()
+        pids = [fact["pid"] for fact in group.facts]
+        os.kill(pids[0], signal_)
         began = time.monotonic()
-        with pytest.raises(InfrastructureError, match="died during 'generate'"):
-            group.generate(prompts([99, 98]), sampling)
-        assert time.monotonic() - began < 20
-        assert not isinstance(group.workers, tuple) and len(group.workers) == 2
-    assert group.workers == []
+        for _ in range(4):
+            assert len(group.generate(prompts(list(range(3, 60))), SAMPLING)) == 57
+        group.wait(lambda: len(group.workers) == 2, "start")
+        assert group.lost == 1 and time.monotonic() - began < 30
+        until = time.monotonic() + 10
+        while psutil.pid_exists(pids[0]) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not psutil.pid_exists(pids[0]), "what is given up must not go on holding its place"
+
+
+def test_the_pool_grows_into_the_room_there_is_and_gives_it_back():
+    with pool("1..3", release_after=1.0) as group:
+        group.start()
+        assert len(group.workers) == 1
+        inbox: deque[Result] = deque()
+        tickets = group.submit(prompts([98] * 200), SAMPLING, inbox)
+        group.wait(lambda: len(group.workers) == 3, "start")
+        group.cancel(tickets)
+        group.wait(lambda: len(group.workers) == 1, "shrink")
+        assert len(group.generate(prompts([5, 6, 7]), SAMPLING)) == 3 and not inbox
 
 
 def test_no_room_is_a_placement_error():
-    with pool(64, placement=1.0) as group, pytest.raises(PlacementError, match=r"no place for rollout: asked for .* 64 bundles"):
+    told = r"no place for rollout: asked for .* \d\d bundles \(\d+ workers have theirs\), waited 1 s"
+    with pool(64, placement=1.0) as group, pytest.raises(PlacementError, match=told):
         group.start()
 
 
@@ -137,5 +187,3 @@ def test_the_source_gives_whole_groups_and_keeps_the_cursor():
         later = source.take(2, max_age=0)
         source.restore(state)
         assert source.take(2, max_age=0).table.equals(later.table)
-        with pytest.raises(ValueError, match="max_age"):
-            source.take(2, max_age=1)

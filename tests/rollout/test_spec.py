@@ -1,4 +1,4 @@
-"""Seeds of samples, stop ids of model folders, arguments of engines, dealing rows out: no engine needed."""
+"""Seeds of samples, stop ids of model folders, arguments of engines: no engine needed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from raysys.config.parts import Rollout
 from raysys.errors import ConfigError
-from raysys.rollout.pool import deal
+from raysys.rollout.engine import engine_arguments, environment, stop_ids
 from raysys.rollout.spec import RolloutSpec, Sampling
-from raysys.rollout.worker import engine_arguments, environment, stop_ids
 
 
 def spec(device: str = "cpu", **config) -> RolloutSpec:
@@ -52,15 +50,6 @@ def test_arguments_follow_the_device():
     assert environment(spec(threads=3))["OMP_NUM_THREADS"] == "3" and "OMP_NUM_THREADS" not in environment(spec("gpu"))
     with pytest.raises(ConfigError, match="tensor_parallel=2 needs GPUs"):
         engine_arguments(spec(tensor_parallel=2))
-
-
-def test_rows_are_dealt_once_and_evenly():
-    lengths = np.random.default_rng(0).integers(1, 300, 50)
-    shares = deal(lengths, 3)
-    assert sorted(np.concatenate(shares).tolist()) == list(range(50))
-    loads = [int(lengths[share].sum()) for share in shares]
-    assert max(loads) - min(loads) <= lengths.max() + 50
-    assert [len(share) for share in deal(np.array([4]), 3)] == [1, 0, 0]
 
 
 def test_the_driver_side_imports_no_engine():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -88,10 +90,13 @@ def test_two_ranks_answer_as_one_worker_does(ray_head, tmp_path):
     ray.init(address=ray_head.gcs)
     try:
         with group({"math": folders["math"], "code": folders["code"]}, folders["base"], 1.25, 2, folders["base"]) as scorers:
-            scorers.start()
+            pids = [facts["pid"] for facts in scorers.start()]
             scored, queried = scorers.annotate(rows), scorers.annotate(rows, asked)
             assert "reward" not in scorers.annotate(rows.with_columns(verifier=[""] * 9))
             rewarded = scorers.annotate(rows.with_columns(verifier=["exact"] * 9, answer=["?"] * 9))
+            assert scorers.annotate(rows).table.equals(scored.table)
+            os.kill(pids[1], signal.SIGKILL)
+            assert scorers.annotate(rows).table.equals(scored.table) and scorers.lost == 1
         assert rewarded.numbers("reward").tolist() == [0.0] * 9
         alone = ScorerWorker(scorers.spec)
         alone.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +146,36 @@ class Listener:
         return self.log
 
 
+@dataclass(eq=False)
+class One:
+    name: str
+    handle: Any
+    state: str = "ready"
+
+
+class Room:
+    """A pool whose workers never change."""
+
+    def __init__(self, handles: list[Any]):
+        self.workers = [One(f"worker {place}", handle) for place, handle in enumerate(handles)]
+
+    def await_worker(self) -> None:
+        raise AssertionError("somebody is always there")
+
+    def pushed(self, version: int, members: Any) -> None:
+        assert members == self.workers
+
+    def lose(self, member: Any, cause: str) -> None:
+        raise AssertionError(cause)
+
+
 def test_a_broadcast_meets_once_tells_before_it_sends_and_marks_what_left(ray_head: Any):
     import ray
 
     ray.init(address=ray_head.gcs, log_to_driver=False)
     try:
         trainer, workers = Twin(), [ray.remote(Listener).options(num_cpus=0).remote() for _ in range(2)]
-        pusher = Pusher(trainer, workers, Weights(backend="nccl"), Deadlines(push=30), engine_ranks=2)
+        pusher = Pusher(trainer, Room(workers), Weights(backend="nccl"), Deadlines(push=30), engine_ranks=2)
         first, again = pusher.push(1), pusher.push(2)
         trainer.weight = 1.0
         moved = pusher.push(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from raysys.rollout.pool import RolloutPool
 from raysys.weights.digest import digest
 from raysys.weights.push import Pusher
 
-DEADLINES = Deadlines(placement=60, start=200, generate=60, push=60)
+DEADLINES = Deadlines(placement=60, start=200, generate=60, push=60, heartbeat=20)
 
 
 class MovingModel:
@@ -67,6 +68,12 @@ class MovingModel:
             logprobs = self.model(tokens).logits[0, :-1].double().log_softmax(-1)
         return logprobs.gather(-1, tokens[0, 1:, None])[:, 0].numpy()
 
+    def copy(self) -> MovingModel:
+        return copy.deepcopy(self)
+
+    def logprobs(self, prompt: np.ndarray, response: np.ndarray) -> np.ndarray:
+        return self.probe_logprobs([*prompt.tolist(), *response.tolist()])[len(prompt) - 1 :]
+
 
 def flipped(name: str) -> Any:
     """A `lie`: one bit of `name` changes after its digest was taken."""
@@ -102,4 +109,4 @@ class Place:
     trainer: MovingModel
 
     def pusher(self, **weights: Any) -> Pusher:
-        return Pusher(self.trainer, self.pool.workers, Weights(**weights), DEADLINES)
+        return Pusher(self.trainer, self.pool, Weights(**weights), DEADLINES)

@@ -1,0 +1,118 @@
+"""What a vLLM engine is started with, and what has to be cleaned up after it. Imports vLLM nowhere."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from raysys.errors import ConfigError
+from raysys.rollout.spec import RolloutSpec
+
+
+def environment(spec: RolloutSpec) -> dict[str, str]:
+    """What the worker's process needs set before vLLM is imported."""
+    shared = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if spec.device == "gpu":
+        return shared
+    threads = str(spec.config.threads)
+    # One process for core and worker halves the start; binding threads to cores would fight with the trainer's.
+    return shared | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
+
+
+def engine_arguments(spec: RolloutSpec) -> dict[str, Any]:
+    """Arguments of vLLM's `AsyncEngineArgs`. Raises ConfigError when a sequence cannot fit."""
+    config, cpu = spec.config, spec.device == "cpu"
+    shared = {
+        "model": spec.model,
+        "dtype": spec.dtype,
+        "max_model_len": spec.max_model_len,
+        "max_num_seqs": config.max_sequences + 1,  # one seat for the parity probe: a push must not wait for long samples
+        "tensor_parallel_size": config.tensor_parallel,
+        "enable_prefix_caching": config.prefix_caching,
+        "enforce_eager": cpu if config.enforce_eager is None else config.enforce_eager,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+        "generation_config": "vllm",  # a folder's own top-k or temperature must not shape rollouts
+        "seed": 0,
+        # Log-probs of the distribution that is sampled from: after temperature and top-p.
+        "logprobs_mode": "processed_logprobs",
+    }
+    if not cpu:
+        mp = {"distributed_executor_backend": "mp"} if config.tensor_parallel > 1 else {}
+        return shared | mp | {"gpu_memory_utilization": config.gpu_memory_utilization, "max_num_batched_tokens": config.max_batched_tokens}
+    if config.tensor_parallel > 1:
+        raise ConfigError(f"rollout.tensor_parallel={config.tensor_parallel} needs GPUs", "set it to 1 on CPU")
+    return shared | {
+        "kv_cache_memory_bytes": config.kv_cache_mib << 20,
+        "block_size": 32,
+        # A seeded request with a chunked prefill kills the engine on CPU, so a prompt must fit in one batch.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(config.max_batched_tokens, spec.max_model_len),
+    }
+
+
+def stop_ids(model: str) -> list[int]:
+    """End-of-sequence ids of a model folder: its generation config's, else its config's. Raises ConfigError when there is none."""
+    for name in ("generation_config.json", "config.json"):
+        found = _read(model, name).get("eos_token_id")
+        if found is not None:
+            return [int(one) for one in found] if isinstance(found, list) else [int(found)]
+    raise ConfigError(f"{model} names no eos_token_id, so no response would ever end", "add it to the folder's generation_config.json")
+
+
+def revision(model: str) -> str:
+    """Tells one model's architecture from another's: a hash of its config."""
+    return hashlib.blake2b(json.dumps(_read(model, "config.json"), sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def _read(model: str, name: str) -> dict[str, Any]:
+    path = Path(model) / name
+    if not Path(model).is_dir():
+        from huggingface_hub import hf_hub_download
+
+        with contextlib.suppress(OSError):
+            path = Path(hf_hub_download(model, name))
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def chatter_to(folder: str | None, rank: int) -> str:
+    """Sends what this process and those of its engine print to a file of the run; returns its path, "" without one."""
+    if folder is None:
+        return ""
+    path = Path(folder) / f"rollout-{rank}.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:
+        return ""  # a node that does not share the run's folder keeps its chatter in Ray's log
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    return str(path)
+
+
+def children() -> dict[int, float]:
+    """The engine's processes: id to start time, which tells a process from a later one with its id."""
+    import psutil
+
+    found: dict[int, float] = {}
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if not any("resource_tracker" in part for part in child.cmdline()):  # it cleans up after the others
+                found[child.pid] = child.create_time()
+    return found
+
+
+def end(processes: dict[int, float]) -> None:
+    """A stopped engine answers no request to leave, and would outlive its actor."""
+    import psutil
+
+    for pid, began in processes.items():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if psutil.Process(pid).create_time() == began:
+                os.kill(pid, signal.SIGKILL)

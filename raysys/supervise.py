@@ -1,0 +1,75 @@
+"""A run that goes on by itself: the job runs in a child process, which is started again when it was killed or the cluster failed it.
+
+Everything a restart needs is in the run's folder, so this process knows nothing but the command line. It ends for good when the
+job is done, when the input was wrong, or when several attempts in a row got no further than the last resume point.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+log = logging.getLogger("raysys")
+
+ATTEMPT = "RAYSYS_ATTEMPT"
+TRY_AGAIN = 75
+"""Exit code of an attempt that another one may better (EX_TEMPFAIL)."""
+_PAUSE_SECONDS = 1.0
+
+
+def attempt() -> int | None:
+    """Which attempt this process is, from 0; None: it is not supervised."""
+    number = os.environ.get(ATTEMPT)
+    return int(number) if number is not None else None
+
+
+def die_with_parent() -> None:
+    """Has the kernel kill this process when the one that started it ends, however it ends. Linux only; elsewhere nothing happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+
+
+def supervise(command: Sequence[str], restarts: int, progress: Callable[[], object]) -> int:
+    """Runs `command` until it ends for good; returns its exit code.
+
+    Args:
+        command: of one attempt.
+        restarts: attempts after the first that may follow one another without progress.
+        progress: anything that differs once a new resume point is there.
+    """
+    number, left, known = 0, restarts, progress()
+    while True:
+        child = subprocess.Popen(command, env=os.environ | {ATTEMPT: str(number)})
+        code = _wait(child)
+        if code not in (TRY_AGAIN, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
+            return 128 - code if code < 0 else code
+        now = progress()
+        left, known = (restarts if now != known else left), now
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "lost a part of the cluster"
+        if not left:
+            log.error("the run %s; %d restarts in a row got no further, so it ends here", how, restarts)
+            return 1
+        number, left = number + 1, left - 1
+        log.warning("the run %s; it goes on from its newest resume point (%d more restarts without progress)", how, left)
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    """The child's exit code. Signals to stop are its to answer."""
+
+    def pass_on(signum: int, frame: object) -> None:
+        if child.poll() is None:
+            child.send_signal(signum)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

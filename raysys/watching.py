@@ -1,0 +1,120 @@
+"""What a run is doing, what it costs, and who waits for whom: read from all rooms, shown by `raysys doctor --job`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from raysys.config.runs import GopdConfig
+from raysys.errors import ConfigError
+from raysys.job import Session
+from raysys.loop import Parts
+from raysys.report.live import FILE, actor_phases
+from raysys.rollout.pool import RolloutPool
+from raysys.rollout.source import OnPolicySource
+from raysys.runtime import waits
+
+_STALE_SECONDS = 15.0
+
+
+def status(config: GopdConfig, session: Session, parts: Parts, pool: RolloutPool, source: OnPolicySource) -> dict[str, Any]:
+    """What `raysys doctor --job` shows and Prometheus gets."""
+    return {
+        "run": session.folder.name,
+        "submission_id": session.submission_id,
+        "step": session.ledger.committed,
+        "phase": parts.watch.phase,
+        "waits": waits(),
+        "trainers": [f"trainer rank {rank}" for rank in range(config.trainer.ranks)],
+        "scorers": [f"scorer {rank}" for rank in range(config.scoring.ranks)],
+        "pool": pool.status(),
+        "source": source.status(),
+    }
+
+
+class Usage:
+    """Device-seconds by what they went into. A device is a GPU, or on CPU what an actor stands for: an engine, a scorer, a trainer rank."""
+
+    def __init__(self, pool: RolloutPool, config: GopdConfig):
+        self._pool, self._config, self._busy = pool, config, 0.0
+        self.total: dict[str, float] = {}
+
+    def lap(self, seconds: dict[str, float]) -> dict[str, float]:
+        """Of one step, from its phases: `device/generating`, scoring, training, pushing, idle."""
+        config, engines = self._config, max(1, len(self._pool.workers)) * self._config.rollout.tensor_parallel
+        busy = self._pool.busy_seconds()
+        spent = {
+            "generating": max(0.0, busy - self._busy) * config.rollout.tensor_parallel,
+            "scoring": seconds.get("score", 0.0) * config.scoring.ranks,
+            "training": seconds.get("train", 0.0) * config.trainer.ranks,
+            "pushing": seconds.get("push", 0.0) * (config.trainer.ranks + engines),
+        }
+        self._busy = busy
+        devices = engines + config.scoring.ranks + config.trainer.ranks
+        spent["idle"] = max(0.0, seconds["total"] * devices - sum(spent.values()))
+        for name, value in spent.items():
+            self.total[name] = self.total.get(name, 0.0) + value
+        return {f"device/{name}": value for name, value in spent.items()}
+
+    def summary(self) -> str:
+        """One line: shares, and the cost where a price is known."""
+        whole = sum(self.total.values()) or 1.0
+        shares = ", ".join(f"{name} {value / whole:.0%}" for name, value in self.total.items())
+        price = self._config.price_per_device_hour
+        cost = f"; cost {whole / 3600 * price:.2f} at {price:g} an hour" if price else ""
+        return f"device time: {whole:.0f} s ({shares}){cost}"
+
+
+def find_run(name: str, runs: Path) -> Path:
+    """A run's folder by its path, its name, or the Ray job that it is. Raises ConfigError."""
+    for folder in (Path(name), runs / name):
+        if (folder / "ledger").is_dir():
+            return folder
+    for file in sorted(runs.glob(f"*/ledger/{FILE}"), key=lambda path: -path.stat().st_mtime):
+        if _read(file).get("submission_id") == name:
+            return file.parent.parent
+    raise ConfigError(f"no run '{name}' in {runs}", "give a run's folder, its name, or the id of its Ray job")
+
+
+def describe(folder: Path) -> list[str]:
+    """Lines for people: what the run does, each actor, and who waits for whom, the longest wait first."""
+    file = folder / "ledger" / FILE
+    if not file.is_file():
+        return [f"{folder.name}: no status; it is not a run that generates, or it ended before its first step"]
+    status = _read(file)
+    age = time.time() - file.stat().st_mtime
+    heading = f"{folder.name}: step {status.get('step')}, {status.get('phase') or 'between phases'}; pid {status.get('pid')} on {status.get('host')}"
+    if (folder / "ledger" / "finished.json").is_file():
+        heading += "; finished"
+    elif age > _STALE_SECONDS:
+        heading += f"; SILENT for {age:.0f} s: the driver hangs or is gone"
+    lines = [heading, "who waits for whom:"]
+    lines += [
+        f"  the driver waits for {one['for']}: {one['operation']}, {one['waited_s']:g} of {one['limit_s']:g} s ({one['knob']})"
+        for one in status.get("waits", ())
+    ] or ["  nobody"]
+    lines.append("actors:")
+    workers = {one["name"]: one for one in (status.get("pool") or {}).get("workers", ())}
+    for actor, phase in actor_phases(status).items():
+        worker = workers.get(actor)
+        more = (
+            ""
+            if worker is None
+            else f"; {worker['state']}, weights {worker['version']}, has {worker['held']}, heard {worker['heard_s']:g} s ago"
+        )
+        lines.append(f"  {actor}: {phase}{more}")
+    pool, source = status.get("pool") or {}, status.get("source") or {}
+    lines.append(
+        f"queue: {source.get('groups', 0)} prompts under way, {source.get('complete', 0)} complete ({source.get('bytes', 0)} bytes), "
+        f"{pool.get('waiting', 0)} samples with nobody; given again {pool.get('redispatched', 0)}, workers lost {pool.get('lost_workers', 0)}"
+    )
+    return lines
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
