@@ -62,7 +62,9 @@ def main(job: str, kind: type[Kind], argv: Sequence[str] | None = None) -> int:
         if config.restarts and not arguments.check and supervise.attempt() is None:
             os.environ.setdefault("RAYSYS_COMMAND", shlex.join(["python", *sys.argv]))
             command = [sys.executable, "-u", str(ROOT / "jobs" / f"{job}.py"), *(sys.argv[1:] if argv is None else argv)]
-            return supervise.supervise(command, config.restarts, lambda: resume_points(job, config))
+            return supervise.supervise(
+                command, config.restarts, lambda: resume_points(job, config), lambda: pulse(job, config), config.deadlines.heartbeat
+            )
         if supervise.attempt() is not None:
             supervise.die_with_parent()
         find_ray()  # before Ray is imported, which reads the token's whereabouts once
@@ -109,6 +111,14 @@ def _run(job: str, config: Kind, work: Callable[[Kind, Session], None]) -> int:
         return supervise.TRY_AGAIN
     finally:
         ledger.close()
+
+
+def pulse(job: str, config: Run) -> int:
+    """Changes every two seconds while the run's driver lives and generates (`raysys.report.live`); 0 before it does."""
+    try:
+        return (run_folder(job, config) / "ledger" / "status.json").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def submission_id() -> str:

@@ -35,18 +35,26 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 
-def supervise(command: Sequence[str], restarts: int, progress: Callable[[], object]) -> int:
+def supervise(
+    command: Sequence[str],
+    restarts: int,
+    progress: Callable[[], object],
+    pulse: Callable[[], object] = lambda: None,
+    silence: float = float("inf"),
+) -> int:
     """Runs `command` until it ends for good; returns its exit code.
 
     Args:
         command: of one attempt.
         restarts: attempts after the first that may follow one another without progress.
         progress: anything that differs once a new resume point is there.
+        pulse: anything that goes on changing while an attempt is alive, once it has begun to.
+        silence: seconds without a pulse after which an attempt is killed.
     """
     number, left, known = 0, restarts, progress()
     while True:
         child = subprocess.Popen(command, env=os.environ | {ATTEMPT: str(number)})
-        code = _wait(child)
+        code = _wait(child, pulse, silence)
         if code not in (TRY_AGAIN, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
             return 128 - code if code < 0 else code
         now = progress()
@@ -60,7 +68,7 @@ def supervise(command: Sequence[str], restarts: int, progress: Callable[[], obje
         time.sleep(_PAUSE_SECONDS)
 
 
-def _wait(child: subprocess.Popen[bytes]) -> int:
+def _wait(child: subprocess.Popen[bytes], pulse: Callable[[], object], silence: float) -> int:
     """The child's exit code. Signals to stop are its to answer."""
 
     def pass_on(signum: int, frame: object) -> None:
@@ -68,8 +76,19 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
             child.send_signal(signum)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    first = known = pulse()
+    heard = time.monotonic()
     try:
-        return child.wait()
+        while True:
+            try:
+                return child.wait(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                now = pulse()
+            if now != known or now == first:  # it may take its time to begin
+                known, heard = now, time.monotonic()
+            elif time.monotonic() - heard > silence:
+                log.error("the run's driver has shown no sign of life for %g s (deadlines.heartbeat) and is killed", silence)
+                child.kill()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

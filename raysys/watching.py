@@ -85,7 +85,8 @@ def describe(folder: Path) -> list[str]:
         return [f"{folder.name}: no status; it is not a run that generates, or it ended before its first step"]
     status = _read(file)
     age = time.time() - file.stat().st_mtime
-    heading = f"{folder.name}: step {status.get('step')}, {status.get('phase') or 'between phases'}; pid {status.get('pid')} on {status.get('host')}"
+    where = f"pid {status.get('pid')} on {status.get('host')}"
+    heading = f"{folder.name}: step {status.get('step')}, {status.get('phase') or 'between phases'}; {where}"
     if (folder / "ledger" / "finished.json").is_file():
         heading += "; finished"
     elif age > _STALE_SECONDS:
@@ -107,8 +108,8 @@ def describe(folder: Path) -> list[str]:
         lines.append(f"  {actor}: {phase}{more}")
     pool, source = status.get("pool") or {}, status.get("source") or {}
     lines.append(
-        f"queue: {source.get('groups', 0)} prompts under way, {source.get('complete', 0)} complete ({source.get('bytes', 0)} bytes), "
-        f"{pool.get('waiting', 0)} samples with nobody; given again {pool.get('redispatched', 0)}, workers lost {pool.get('lost_workers', 0)}"
+        f"queue: {source.get('groups', 0)} prompts under way, {source.get('complete', 0)} complete ({source.get('bytes', 0)} bytes); "
+        f"{pool.get('waiting', 0)} samples free, {pool.get('redispatched', 0)} given again; {pool.get('lost_workers', 0)} workers lost"
     )
     return lines
 

@@ -33,6 +33,7 @@ from raysys.rollout.spec import RolloutSpec, Sampling
 from raysys.runtime import get
 from raysys.scoring.group import ScorerGroup
 from raysys.scoring.verifiers import score
+from raysys.supervised import DataSource, NoPush, NoScorers
 from raysys.training.group import TrainerGroup
 from raysys.training.objectives import GopdObjective, Objective, SftObjective
 from raysys.watching import Usage, status
@@ -206,42 +207,6 @@ def run_evaluate(config: EvaluateConfig, session: Session) -> None:
 
 
 # -- the pieces they share
-
-
-class DataSource:
-    """Supervised rows as the loop's source; nothing in them ages."""
-
-    def __init__(self, stream: PromptStream):
-        self._stream = stream
-
-    def take(self, batch: int, max_age: int) -> Batch:
-        return self._stream.take(batch)
-
-    def state(self) -> dict[str, Any]:
-        return self._stream.state()
-
-    def backlog(self) -> None:
-        return None
-
-    def counts(self) -> dict[str, int]:
-        return {}
-
-    def restore(self, state: dict[str, Any], backlog: Batch | None, version: int) -> None:
-        self._stream.restore(state)
-
-
-class NoScorers:
-    """Supervised runs have nothing to score."""
-
-    def annotate(self, batch: Batch, queries: Any = None) -> Batch:
-        return batch
-
-
-class NoPush:
-    """Supervised runs generate nothing, so no engine waits for weights."""
-
-    def push(self, version: int) -> dict[str, Any]:
-        return {}
 
 
 class Pushes:
