@@ -63,7 +63,11 @@ def main(job: str, kind: type[Kind], argv: Sequence[str] | None = None) -> int:
             os.environ.setdefault("RAYSYS_COMMAND", shlex.join(["python", *sys.argv]))
             command = [sys.executable, "-u", str(ROOT / "jobs" / f"{job}.py"), *(sys.argv[1:] if argv is None else argv)]
             return supervise.supervise(
-                command, config.restarts, lambda: resume_points(job, config), lambda: pulse(job, config), config.deadlines.heartbeat
+                command,
+                config.restarts,
+                lambda: resume_points(job, config),
+                lambda: pulse(run_folder(job, config)),
+                config.deadlines.heartbeat,
             )
         if supervise.attempt() is not None:
             supervise.die_with_parent()
@@ -98,7 +102,8 @@ def _run(job: str, config: Kind, work: Callable[[Kind, Session], None]) -> int:
         connect()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _interrupt)  # after ray.init, which sets its own; without it `finally` would not run
-        work(config, Session(job, folder, ledger, submission_id()))
+        with supervise.beating(pulse(folder)):
+            work(config, Session(job, folder, ledger, submission_id()))
         write_json(folder / "about.json", about(job, config, started) | {"finished": _stamp(time.time())})
         report(folder)
         return 0
@@ -113,12 +118,9 @@ def _run(job: str, config: Kind, work: Callable[[Kind, Session], None]) -> int:
         ledger.close()
 
 
-def pulse(job: str, config: Run) -> int:
-    """Changes every two seconds while the run's driver lives and generates (`raysys.report.live`); 0 before it does."""
-    try:
-        return (run_folder(job, config) / "ledger" / "status.json").stat().st_mtime_ns
-    except FileNotFoundError:
-        return 0
+def pulse(folder: Path) -> Path:
+    """The file that a run's driver touches while it lives."""
+    return folder / "ledger" / "pulse"
 
 
 def submission_id() -> str:

@@ -6,14 +6,18 @@ job is done, when the input was wrong, or when several attempts in a row got no 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 log = logging.getLogger("raysys")
 
@@ -21,6 +25,8 @@ ATTEMPT = "RAYSYS_ATTEMPT"
 TRY_AGAIN = 75
 """Exit code of an attempt that another one may better (EX_TEMPFAIL)."""
 _PAUSE_SECONDS = 1.0
+_BEGIN_SECONDS = 60.0
+"""Until its first beat an attempt may only be importing."""
 
 
 def attempt() -> int | None:
@@ -39,8 +45,8 @@ def supervise(
     command: Sequence[str],
     restarts: int,
     progress: Callable[[], object],
-    pulse: Callable[[], object] = lambda: None,
-    silence: float = float("inf"),
+    pulse: Callable[[], Path],
+    silence: float,
 ) -> int:
     """Runs `command` until it ends for good; returns its exit code.
 
@@ -48,8 +54,8 @@ def supervise(
         command: of one attempt.
         restarts: attempts after the first that may follow one another without progress.
         progress: anything that differs once a new resume point is there.
-        pulse: anything that goes on changing while an attempt is alive, once it has begun to.
-        silence: seconds without a pulse after which an attempt is killed.
+        pulse: file that an attempt touches while it is alive (`beating`).
+        silence: seconds without that after which an attempt is killed.
     """
     number, left, known = 0, restarts, progress()
     while True:
@@ -68,7 +74,26 @@ def supervise(
         time.sleep(_PAUSE_SECONDS)
 
 
-def _wait(child: subprocess.Popen[bytes], pulse: Callable[[], object], silence: float) -> int:
+@contextmanager
+def beating(pulse: Path) -> Iterator[None]:
+    """Touches a file every second from a thread of this process, for as long as the block lasts."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(1.0):
+            with contextlib.suppress(OSError):
+                pulse.touch()
+
+    thread = threading.Thread(target=beat, name="pulse", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _wait(child: subprocess.Popen[bytes], pulse: Callable[[], Path], silence: float) -> int:
     """The child's exit code. Signals to stop are its to answer."""
 
     def pass_on(signum: int, frame: object) -> None:
@@ -76,19 +101,25 @@ def _wait(child: subprocess.Popen[bytes], pulse: Callable[[], object], silence: 
             child.send_signal(signum)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    first = known = pulse()
-    heard = time.monotonic()
+    known, heard, limit = _touched(pulse()), time.monotonic(), max(silence, _BEGIN_SECONDS)
     try:
         while True:
             try:
                 return child.wait(timeout=1.0)
             except subprocess.TimeoutExpired:
-                now = pulse()
-            if now != known or now == first:  # it may take its time to begin
-                known, heard = now, time.monotonic()
-            elif time.monotonic() - heard > silence:
-                log.error("the run's driver has shown no sign of life for %g s (deadlines.heartbeat) and is killed", silence)
+                now = _touched(pulse())
+            if now != known:
+                known, heard, limit = now, time.monotonic(), silence
+            elif time.monotonic() - heard > limit:
+                log.error("the run's driver has shown no sign of life for %g s (deadlines.heartbeat) and is killed", limit)
                 child.kill()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _touched(pulse: Path) -> int:
+    try:
+        return pulse.stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -24,14 +24,23 @@ class Crew:
     """The workers of one pool.
 
     Args:
+        worker: class of the actors.
+        member: how one is placed and started.
         books: who has which sample.
         bury: told of each ticket that is dead because its worker was the last it could be given to.
     """
 
     def __init__(
-        self, config: Rollout, spec: RolloutSpec, deadlines: Deadlines, worker: type, books: Dispatcher, bury: Callable[[Ticket], None]
+        self,
+        config: Rollout,
+        spec: RolloutSpec,
+        deadlines: Deadlines,
+        worker: type,
+        member: type[Member],
+        books: Dispatcher,
+        bury: Callable[[Ticket], None],
     ):
-        self._config, self._spec, self._deadlines, self._worker = config, spec, deadlines, worker
+        self._config, self._spec, self._deadlines, self._worker, self._member = config, spec, deadlines, worker, member
         self._books, self._bury = books, bury
         self.members: list[Member] = []
         self._parting: list[tuple[Member, float]] = []
@@ -58,7 +67,7 @@ class Crew:
     def hire(self) -> None:
         """Asks the cluster for the workers that are missing."""
         for _ in range(self.wanted - len(self.members)):
-            self.members.append(Member(self._ranks, self._spec, self._worker, time.monotonic()))
+            self.members.append(self._member(self._ranks, self._spec, self._worker, time.monotonic()))
             self._ranks += 1
 
     def greet(self, member: Member, facts: dict[str, Any], now: float) -> None:

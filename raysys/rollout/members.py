@@ -35,7 +35,10 @@ class Member:
         self._spec, self._worker = spec, worker
         self._gpus = spec.config.tensor_parallel if spec.device == "gpu" else 0
         self.bundle: dict[str, float] = {"CPU": 1.0} | ({"GPU": float(self._gpus)} if self._gpus else {})
-        self._group = placement_group([self.bundle])
+        self._group = self._reserve()
+
+    def _reserve(self) -> Any:
+        return placement_group([self.bundle])
 
     def enter(self, state: str, now: float) -> None:
         self.state, self.since, self.beat = state, now, now

@@ -53,13 +53,15 @@ class RolloutPool:
     `admit(version)` brings workers that came late up to the weights that the others have; None: no weights are pushed in this run.
     """
 
-    def __init__(self, config: Rollout, spec: RolloutSpec, deadlines: Deadlines, worker: type = RolloutWorker):
+    def __init__(
+        self, config: Rollout, spec: RolloutSpec, deadlines: Deadlines, worker: type = RolloutWorker, member: type[Member] = Member
+    ):
         self._deadlines = deadlines
         self._fewest = config.fewest
         self._books = Dispatcher(config.retries)
         self._asked: dict[int, _Asked] = {}
         self._lengths: dict[str, float] = {}
-        self._crew = Crew(config, spec, deadlines, worker, self._books, self._bury)
+        self._crew = Crew(config, spec, deadlines, worker, member, self._books, self._bury)
         self._changed = threading.Condition(threading.RLock())
         self._thread: threading.Thread | None = None
         self._fatal: RaysysError | None = None

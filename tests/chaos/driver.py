@@ -29,13 +29,12 @@ def main(arguments: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     if options.supervise:
         command = [sys.executable, "-u", "-m", "tests.chaos.driver", *(one for one in arguments if one != "--supervise")]
-        status = options.folder / "ledger" / "status.json"
         points = options.folder / "checkpoints"
         return supervise.supervise(
             command,
             8,  # a storm may hit the same few steps again and again
             lambda: sorted(path.name for path in points.glob("step_*")),
-            lambda: status.stat().st_mtime_ns if status.is_file() else 0,
+            lambda: options.folder / "ledger" / "pulse",
             options.heartbeat,
         )
     supervise.die_with_parent()
@@ -70,7 +69,7 @@ def attempt(options: argparse.Namespace) -> int:
     config = Rollout(workers=workers, max_sequences=16, retries=20, restarts=10)
     spec = RolloutSpec("storm", "cpu", "float32", 64, config)
     try:
-        with RolloutPool(config, spec, deadlines, worker=StormEngine) as pool:
+        with supervise.beating(options.folder / "ledger" / "pulse"), RolloutPool(config, spec, deadlines, worker=StormEngine) as pool:
             pool.start()
             trainer = StormTrainer(moving=options.max_age == 0)
             source = OnPolicySource(FakePrompts(), pool, 2, Sampling(max_tokens=6, seed=0), order=options.order)
