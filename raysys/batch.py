@@ -21,8 +21,10 @@ Legend: B rows, R longest response of the batch, n tokens of one row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,6 +130,19 @@ class Batch:
 
     def lengths(self, name: str) -> np.ndarray:
         return np.diff(self.ragged(name).offsets)
+
+    def save(self, path: Path) -> None:
+        """Writes an Arrow file; a reader sees the whole of it or nothing."""
+        draft = path.with_name(f".{path.name}.draft")
+        with pa.OSFile(str(draft), "wb") as stream, pa.ipc.new_file(stream, self.table.schema) as writer:
+            writer.write_table(self.table)
+        os.replace(draft, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Batch:
+        """Reads what `save` wrote."""
+        with pa.OSFile(str(path)) as stream, pa.ipc.open_file(stream) as reader:
+            return cls(reader.read_all())
 
     def __reduce__(self):
         return (Batch, (self.table,))

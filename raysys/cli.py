@@ -1,4 +1,4 @@
-"""`raysys plan CONFIG [key=value ...]` and `raysys doctor [--job ID]`."""
+"""`raysys plan CONFIG [key=value ...]`, `raysys doctor [--job ID]` and `raysys compare A B`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument("--gpus", type=int, help="GPUs at hand, to check the placement against")
     doctor = commands.add_parser("doctor", help="is this machine fine? every finding with its remedy")
     doctor.add_argument("--job", metavar="ID", help="a run's folder, its name or its Ray job: what it does now, and who waits for whom")
+    compare = commands.add_parser("compare", help="where two recordings (rollout.record) or two runs' metrics differ first")
+    compare.add_argument("before", type=Path)
+    compare.add_argument("after", type=Path)
+    compare.add_argument("--tolerance", type=float, default=0.0)
     options = parser.parse_args(argv)
     try:
+        if options.command == "compare":
+            return _compare(options)
         return _plan(options) if options.command == "plan" else _doctor(options.job)
     except RaysysError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -66,6 +72,14 @@ def job_of(values: dict[str, object]) -> str:
         if key in values:
             return job
     raise ConfigError("this file is no config of gopd, sft, evaluate or pipeline", "it has none of the keys stages, teachers, models, data")
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from raysys.compare import differences
+
+    found = list(differences(options.before, options.after, options.tolerance))
+    print("\n".join(found[:10]) if found else "no difference")
+    return int(bool(found))
 
 
 def _doctor(job: str | None) -> int:

@@ -88,7 +88,9 @@ class Ledger:
         file = self.resume_point / BACKLOG if self.resume_point is not None else None
         if file is None or not file.is_file():
             return None
-        return _read_rows(file)
+        from raysys.batch import Batch  # here: a supervisor reads ledgers too, and needs no Arrow
+
+        return Batch.load(file)
 
     @property
     def moved(self) -> bool:
@@ -128,7 +130,7 @@ class Ledger:
         write_json(draft / "source.json", source.state())
         backlog = source.backlog()
         if backlog is not None:
-            _write_rows(draft / BACKLOG, backlog)
+            backlog.save(draft / BACKLOG)
         files = {str(path.relative_to(draft)): path.stat().st_size for path in sorted(draft.rglob("*")) if path.is_file()}
         for name in files:
             _sync(draft / name)
@@ -251,22 +253,6 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
-
-
-def _read_rows(path: Path) -> Batch:
-    import pyarrow as pa  # here and below: a supervisor reads ledgers too, and needs no Arrow
-
-    from raysys.batch import Batch
-
-    with pa.OSFile(str(path)) as stream, pa.ipc.open_file(stream) as reader:
-        return Batch(reader.read_all())
-
-
-def _write_rows(path: Path, rows: Batch) -> None:
-    import pyarrow as pa
-
-    with pa.OSFile(str(path), "wb") as stream, pa.ipc.new_file(stream, rows.table.schema) as writer:
-        writer.write_table(rows.table)
 
 
 def _sync(path: Path) -> None:

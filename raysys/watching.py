@@ -19,7 +19,7 @@ from raysys.runtime import waits
 _STALE_SECONDS = 15.0
 
 
-def status(config: GopdConfig, session: Session, parts: Parts, pool: RolloutPool, source: OnPolicySource) -> dict[str, Any]:
+def status(config: GopdConfig, session: Session, parts: Parts, pool: RolloutPool | None, source: Any) -> dict[str, Any]:
     """What `raysys doctor --job` shows and Prometheus gets."""
     return {
         "run": session.folder.name,
@@ -29,22 +29,23 @@ def status(config: GopdConfig, session: Session, parts: Parts, pool: RolloutPool
         "waits": waits(),
         "trainers": [f"trainer rank {rank}" for rank in range(config.trainer.ranks)],
         "scorers": [f"scorer {rank}" for rank in range(config.scoring.ranks)],
-        "pool": pool.status(),
-        "source": source.status(),
+        "pool": pool.status() if pool is not None else {},
+        "source": source.status() if isinstance(source, OnPolicySource) else {},
     }
 
 
 class Usage:
     """Device-seconds by what they went into. A device is a GPU, or on CPU what an actor stands for: an engine, a scorer, a trainer rank."""
 
-    def __init__(self, pool: RolloutPool, config: GopdConfig):
+    def __init__(self, pool: RolloutPool | None, config: GopdConfig):
         self._pool, self._config, self._busy = pool, config, 0.0
         self.total: dict[str, float] = {}
 
     def lap(self, seconds: dict[str, float]) -> dict[str, float]:
         """Of one step, from its phases: `device/generating`, scoring, training, pushing, idle."""
-        config, engines = self._config, max(1, len(self._pool.workers)) * self._config.rollout.tensor_parallel
-        busy = self._pool.busy_seconds()
+        config, pool = self._config, self._pool
+        engines = max(1, len(pool.workers)) * config.rollout.tensor_parallel if pool is not None else 0
+        busy = pool.busy_seconds() if pool is not None else 0.0
         spent = {
             "generating": max(0.0, busy - self._busy) * config.rollout.tensor_parallel,
             "scoring": seconds.get("score", 0.0) * config.scoring.ranks,

@@ -28,6 +28,7 @@ from raysys.report.live import Live
 from raysys.report.metrics import MetricsWriter
 from raysys.report.progress import Progress
 from raysys.rollout.pool import RolloutPool
+from raysys.rollout.recorded import Recorder, Replay, Takes
 from raysys.rollout.source import OnPolicySource
 from raysys.rollout.spec import RolloutSpec, Sampling
 from raysys.runtime import get
@@ -123,54 +124,83 @@ def local_or_id(folder: str) -> str:
 
 def run_gopd(config: GopdConfig, session: Session) -> None:
     """On-policy distillation: rollouts, scorers and trainer side by side, then the loop."""
-    gpus = config.rollout.fewest * config.rollout.tensor_parallel + config.scoring.ranks + config.trainer.ranks
-    hardware = Hardware.choose(config, config.trainer.dtype, gpus)
-    student = local_or_id(config.student)
-    reference = local_or_id(config.reference) if config.reference and config.reward_scale != 1 else None
-    objective = GopdObjective.of(config)
+    if config.rollout.generate_only:
+        _generate_only(config, session)
+        return
+    engines = 0 if config.rollout.replay else config.rollout.fewest * config.rollout.tensor_parallel
+    hardware = Hardware.choose(config, config.trainer.dtype, engines + config.scoring.ranks + config.trainer.ranks)
+    student, objective = local_or_id(config.student), GopdObjective.of(config)
     with ExitStack() as stack:
-        pool = stack.enter_context(_pool(config, student, hardware, session.folder))
+        pool = None if config.rollout.replay else stack.enter_context(_pool(config, student, hardware, session.folder))
         trainer = stack.enter_context(_trainer(config, student, objective, hardware, session.folder))
-        scorers = stack.enter_context(
-            ScorerGroup(
-                config.scoring,
-                teachers={tag: local_or_id(folder) for tag, folder in config.teachers.items()},
-                reference=reference,
-                reward_scale=config.reward_scale,
-                tokenizer_folder=student,
-                temperature=config.rollout.temperature,
-                device=hardware.device,
-                dtype=hardware.dtype,
-                deadlines=config.deadlines,
-            )
-        )
-        start_all(rollout=pool.start, trainer=trainer.start, scorer=scorers.start)
-        stream = PromptStream(config.data, student, config.seed, config.max_prompt_tokens, config.max_response_tokens)
-        sampling = Sampling(
-            temperature=config.rollout.temperature, top_p=config.rollout.top_p, max_tokens=config.max_response_tokens, seed=config.seed
-        )
-        source = OnPolicySource(
-            stream,
-            pool,
-            config.samples,
-            sampling,
-            order=config.rollout.order,
-            buffer_bytes=config.rollout.buffer_mib << 20,
-            dead_letter=session.ledger.dead_letter,
-            max_dead_letters=config.rollout.max_dead_letters,
-        )
-        pusher = _pusher(config, trainer, pool, student)
-        resume(session, trainer, source)
-        pusher.push(session.ledger.step)
-        evaluator = _evaluator(config, session, pool, trainer, student, before=None)
+        scorers = stack.enter_context(_scorers(config, student, hardware))
+        start_all(trainer=trainer.start, scorer=scorers.start, **({"rollout": pool.start} if pool else {}))
+        if pool is None:
+            source, weights, evaluator = Replay(Path(str(config.rollout.replay))), NoPush(), NoEvaluation()
+            resume(session, trainer, source)
+        else:
+            source = _on_policy(config, session, pool, student, stack)
+            pusher = _pusher(config, trainer, pool, student)
+            resume(session, trainer, source)
+            pusher.push(session.ledger.step)
+            weights, evaluator = Pushes(pusher), _evaluator(config, session, pool, trainer, student, before=None)
         usage = Usage(pool, config)
         metrics = _metrics(config, session, stack, usage)
-        parts = Parts(source, scorers, objective, trainer, Pushes(pusher), session.ledger, evaluator, metrics)
+        parts = Parts(source, scorers, objective, trainer, weights, session.ledger, evaluator, metrics)
         stack.enter_context(Live(session.folder, session.job, lambda: status(config, session, parts, pool, source)))
         finish(config, session, parts, trainer, max_age=config.max_age)
         log.info(usage.summary())
-        for line in stream.report().lines():
-            log.info(line)
+
+
+def _generate_only(config: GopdConfig, session: Session) -> None:
+    """The source alone, for as many steps as the run would have."""
+    student = local_or_id(config.student)
+    hardware = Hardware.choose(config, config.trainer.dtype, config.rollout.fewest * config.rollout.tensor_parallel)
+    with ExitStack() as stack:
+        pool = stack.enter_context(_pool(config, student, hardware, session.folder))
+        pool.start()
+        source = _on_policy(config, session, pool, student, stack)
+        for step in range(config.steps):
+            source.take(config.batch, 0)
+            log.info("step %d/%d recorded in %s", step + 1, config.steps, config.rollout.record)
+    session.ledger.finish(config.steps)
+
+
+def _on_policy(config: GopdConfig, session: Session, pool: RolloutPool, student: str, stack: ExitStack) -> Takes:
+    stream = PromptStream(config.data, student, config.seed, config.max_prompt_tokens, config.max_response_tokens)
+    stack.callback(_tell_bad_rows, stream)
+    source = OnPolicySource(
+        stream,
+        pool,
+        config.samples,
+        Sampling(
+            temperature=config.rollout.temperature, top_p=config.rollout.top_p, max_tokens=config.max_response_tokens, seed=config.seed
+        ),
+        order=config.rollout.order,
+        buffer_bytes=config.rollout.buffer_mib << 20,
+        dead_letter=session.ledger.dead_letter,
+        max_dead_letters=config.rollout.max_dead_letters,
+    )
+    return Recorder(source, Path(config.rollout.record)) if config.rollout.record else source
+
+
+def _tell_bad_rows(stream: PromptStream) -> None:
+    for line in stream.report().lines():
+        log.info(line)
+
+
+def _scorers(config: GopdConfig, student: str, hardware: Hardware) -> ScorerGroup:
+    return ScorerGroup(
+        config.scoring,
+        teachers={tag: local_or_id(folder) for tag, folder in config.teachers.items()},
+        reference=local_or_id(config.reference) if config.reference and config.reward_scale != 1 else None,
+        reward_scale=config.reward_scale,
+        tokenizer_folder=student,
+        temperature=config.rollout.temperature,
+        device=hardware.device,
+        dtype=hardware.dtype,
+        deadlines=config.deadlines,
+    )
 
 
 def run_sft(config: SftConfig, session: Session) -> None:
@@ -190,8 +220,7 @@ def run_sft(config: SftConfig, session: Session) -> None:
             evaluator = _evaluator(config, session, pool, trainer, student, before=_pusher(config, trainer, pool, student).push)
         parts = Parts(source, NoScorers(), objective, trainer, NoPush(), session.ledger, evaluator, _metrics(config, session, stack))
         finish(config, session, parts, trainer, max_age=0)
-        for line in stream.report().lines():
-            log.info(line)
+        _tell_bad_rows(stream)
 
 
 def run_evaluate(config: EvaluateConfig, session: Session) -> None:

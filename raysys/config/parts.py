@@ -99,6 +99,8 @@ class Rollout(Config):
     """Folder to which each step's samples are written, for `replay`."""
     replay: str | None = placed(None)
     """Folder of recorded samples to train on instead of generating: no engine is started."""
+    generate_only: bool = placed(False)
+    """Records samples of the student as it is, and trains nothing: no trainer and no scorer is started."""
 
     @property
     def fewest(self) -> int:
@@ -114,6 +116,10 @@ class Rollout(Config):
     def _consistent(self) -> Self:
         if self.most < self.fewest:
             raise ValueError(f"workers={self.workers}: the range ends below its beginning")
+        if self.replay and (self.record or self.generate_only):
+            raise ValueError("replay gives recorded samples, record and generate_only make them: set one of them")
+        if self.generate_only and not self.record:
+            raise ValueError("generate_only needs record=FOLDER, where the samples go")
         if self.kv_cache == "keep" and self.prefix_caching:
             raise ValueError("kv_cache=keep with prefix_caching=true would serve new prompts from old weights' cache; set one of them back")
         return self

@@ -89,6 +89,8 @@ class GopdConfig(Run):
             )
         if not self.teachers:
             raise ValueError("teachers is empty; map each domain tag, or 'default', to a folder")
+        if self.rollout.replay and self.evaluation is not None:
+            raise ValueError("rollout.replay starts no engine, and evaluation needs one; set evaluation=null")
         if self.batch * self.samples < self.trainer.mini_batches:
             raise ValueError(
                 f"trainer.mini_batches={self.trainer.mini_batches} exceeds the {self.batch * self.samples} responses of a step"

@@ -206,6 +206,24 @@ def test_kill_nine_of_anything_changes_nothing(place: Workplace, tied: Path) -> 
     assert max(step["parity_gap"] for step in place.metrics("calm")) < 1e-4
 
 
+def test_another_layout_on_recorded_rollouts_trains_the_same(place: Workplace, tied: Path) -> None:
+    """Two engines and one trainer rank record; two ranks and no engine train on that; asynchronous, so that ages are in it."""
+    from raysys.compare import differences
+
+    config = gopd(tied, {"rev": tied}, {"rev": REV}, steps=6)
+    config |= {"batch": 32, "max_age": 2, "checkpoint_every": 3}
+    recorded = place.folder / "recording"
+    live = place.run("gopd", "live", config | {"rollout": {"record": str(recorded), "workers": 2}})
+    steps = place.metrics("live")
+    assert len(steps) == 6 and max(step["age_max"] for step in steps) >= 1 and all(step["age_max"] <= 2 for step in steps)
+    ids = [one for line in (live / "ledger" / "steps.jsonl").read_text().splitlines() for one in json.loads(line)["ids"]]
+    assert len(ids) == len(set(ids)) == 6 * 32
+    config["trainer"] = config["trainer"] | {"ranks": 2}
+    replayed = place.run("gopd", "replayed", config | {"rollout": {"replay": str(recorded)}})
+    assert not list(differences(live, replayed, 1e-5))
+    assert not (replayed / "rollout-0.log").exists(), "no engine was started"
+
+
 def test_the_routed_teacher_is_the_one_that_scored(place: Workplace, tied: Path) -> None:
     """The first step's KL to a teacher that is the student itself is 0; the other domain's is not."""
     steps = place.metrics("calm")
