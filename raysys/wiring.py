@@ -6,7 +6,6 @@ This and `jobs/` are the only places, with `loop.py` and `cli.py`, that know mor
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from raysys.batch import Batch
-from raysys.config.parts import Data
+from raysys.checks import check_evaluate, check_gopd, check_sft, local_or_id
+from raysys.colocate import SHARE, TurningPusher, TurningTrainer, lodger
 from raysys.config.runs import EvaluateConfig, EvaluationPart, GopdConfig, Run, SftConfig
-from raysys.data.preflight import check_vocabularies, preflight
 from raysys.data.stream import PromptStream
 from raysys.data.text import Decoder
 from raysys.errors import ConfigError
 from raysys.evaluation.during import Evaluator, NoEvaluation
-from raysys.job import RUNS_VARIABLE, Session
+from raysys.job import Session
 from raysys.loop import Evaluates, Parts, train
 from raysys.report.live import Live
 from raysys.report.metrics import MetricsWriter
 from raysys.report.progress import Progress
+from raysys.rollout.members import Member
 from raysys.rollout.pool import RolloutPool
 from raysys.rollout.recorded import Recorder, Replay, Takes
 from raysys.rollout.source import OnPolicySource
@@ -43,6 +43,8 @@ from raysys.weights.push import Pusher
 from raysys.weights.receive import SharedMemoryReceiver
 
 log = logging.getLogger("raysys")
+
+__all__ = ["check_evaluate", "check_gopd", "check_sft", "run_evaluate", "run_gopd", "run_sft"]
 
 
 @dataclass(frozen=True)
@@ -69,56 +71,6 @@ class Hardware:
         return cls(device, dtype)
 
 
-# -- checks before any actor starts
-
-
-def check_gopd(config: GopdConfig) -> None:
-    """Everything about models and data that can be known without a cluster. Raises ConfigError or DataError."""
-    student = local_or_id(config.student)
-    frozen = {f"teachers.{tag}": local_or_id(folder) for tag, folder in config.teachers.items()}
-    if config.reference is not None and config.reward_scale != 1:
-        frozen["reference"] = local_or_id(config.reference)
-    check_vocabularies({"student": student} | frozen)
-    _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, set(config.teachers))
-    if config.evaluation is not None:
-        _check_data(config.evaluation.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
-
-
-def check_sft(config: SftConfig) -> None:
-    """As `check_gopd`. A model that the run makes itself has nothing to check but its data."""
-    student = local_or_id(config.student) if config.student else None
-    _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
-
-
-def check_evaluate(config: EvaluateConfig) -> None:
-    """As `check_gopd`."""
-    if not config.models:
-        raise ConfigError("models is empty", "name at least one checkpoint: models.student=FOLDER")
-    models = {f"models.{label}": local_or_id(folder) for label, folder in config.models.items()}
-    for label, folder in models.items():
-        check_vocabularies({label: folder})
-    _check_data(config.evaluation.data, next(iter(models.values())), config.max_prompt_tokens, config.max_response_tokens, None)
-
-
-def _check_data(data: Data, tokenizer: str | None, prompt: int, response: int, domains: set[str] | None) -> None:
-    preflight(data, tokenizer, max_prompt_tokens=prompt, max_response_tokens=response, domains=domains)
-
-
-def local_or_id(folder: str) -> str:
-    """An absolute path for a folder that is here (actors have other working directories), else the hub id as it is.
-
-    `runs/...` is looked for where this process's runs are kept. Raises ConfigError for a path that leads nowhere.
-    """
-    path = Path(folder)
-    if path.parts[:1] == ("runs",) and os.environ.get(RUNS_VARIABLE):
-        path = Path(os.environ[RUNS_VARIABLE], *path.parts[1:])
-    if path.exists():
-        return str(path.absolute())
-    if folder.startswith(("/", ".", "~", "runs/")):
-        raise ConfigError(f"model folder {folder} does not exist", "`bash cluster/quickstart.sh` makes those of the example configs")
-    return folder
-
-
 # -- jobs
 
 
@@ -127,14 +79,18 @@ def run_gopd(config: GopdConfig, session: Session) -> None:
     if config.rollout.generate_only:
         _generate_only(config, session)
         return
-    engines = 0 if config.rollout.replay else config.rollout.fewest * config.rollout.tensor_parallel
+    engines = 0 if config.rollout.replay or config.colocate else config.rollout.fewest * config.rollout.tensor_parallel
     hardware = Hardware.choose(config, config.trainer.dtype, engines + config.scoring.ranks + config.trainer.ranks)
     student, objective = local_or_id(config.student), GopdObjective.of(config)
     with ExitStack() as stack:
-        pool = None if config.rollout.replay else stack.enter_context(_pool(config, student, hardware, session.folder))
         trainer = stack.enter_context(_trainer(config, student, objective, hardware, session.folder))
+        member = lodger(trainer) if config.colocate else Member
+        pool = None if config.rollout.replay else stack.enter_context(_pool(config, student, hardware, session.folder, member))
         scorers = stack.enter_context(_scorers(config, student, hardware))
-        start_all(trainer=trainer.start, scorer=scorers.start, **({"rollout": pool.start} if pool else {}))
+        starts = {"trainer": trainer.start, "scorer": scorers.start} | ({"rollout": pool.start} if pool else {})
+        if config.colocate:
+            start_all(trainer=starts.pop("trainer"))  # the engines live where it is
+        start_all(**starts)
         if pool is None:
             source, weights, evaluator = Replay(Path(str(config.rollout.replay))), NoPush(), NoEvaluation()
             resume(session, trainer, source)
@@ -143,10 +99,12 @@ def run_gopd(config: GopdConfig, session: Session) -> None:
             pusher = _pusher(config, trainer, pool, student)
             resume(session, trainer, source)
             pusher.push(session.ledger.step)
-            weights, evaluator = Pushes(pusher), _evaluator(config, session, pool, trainer, student, before=None)
+            weights = Pushes(TurningPusher(pusher, pool) if config.colocate else pusher)
+            evaluator = _evaluator(config, session, pool, trainer, student, before=None)
         usage = Usage(pool, config)
         metrics = _metrics(config, session, stack, usage)
-        parts = Parts(source, scorers, objective, trainer, weights, session.ledger, evaluator, metrics)
+        turning = TurningTrainer(trainer, pool) if config.colocate and pool is not None else trainer
+        parts = Parts(source, scorers, objective, turning, weights, session.ledger, evaluator, metrics)
         stack.enter_context(Live(session.folder, session.job, lambda: status(config, session, parts, pool, source)))
         finish(config, session, parts, trainer, max_age=config.max_age)
         log.info(usage.summary())
@@ -241,7 +199,7 @@ def run_evaluate(config: EvaluateConfig, session: Session) -> None:
 class Pushes:
     """The pusher as the loop sees it: what a step's record keeps of a push."""
 
-    def __init__(self, pusher: Pusher):
+    def __init__(self, pusher: Pusher | TurningPusher):
         self._pusher = pusher
 
     def push(self, version: int) -> dict[str, Any]:
@@ -275,7 +233,9 @@ def finish(config: GopdConfig | SftConfig, session: Session, parts: Parts, train
     log.info("weights: %s", session.folder / "export")
 
 
-def _pool(config: GopdConfig | SftConfig | EvaluateConfig, model: str, hardware: Hardware, folder: Path) -> RolloutPool:
+def _pool(
+    config: GopdConfig | SftConfig | EvaluateConfig, model: str, hardware: Hardware, folder: Path, member: type[Member] = Member
+) -> RolloutPool:
     spec = RolloutSpec(
         model=model,
         device=hardware.device,
@@ -283,9 +243,10 @@ def _pool(config: GopdConfig | SftConfig | EvaluateConfig, model: str, hardware:
         max_model_len=config.max_prompt_tokens + config.max_response_tokens,
         log_dir=str(folder),
         config=config.rollout,
+        sleeps=getattr(config, "colocate", False),
         receiver=NcclReceiver if _broadcasts(config, hardware) else SharedMemoryReceiver,
     )
-    return RolloutPool(config.rollout, spec, config.deadlines)
+    return RolloutPool(config.rollout, spec, config.deadlines, member=member)
 
 
 def _trainer(config: GopdConfig | SftConfig, student: str, objective: Objective, hardware: Hardware, folder: Path) -> TrainerGroup:
@@ -301,6 +262,7 @@ def _trainer(config: GopdConfig | SftConfig, student: str, objective: Objective,
         dtype=hardware.dtype,
         deadlines=config.deadlines,
         log_dir=str(folder),
+        share=SHARE if getattr(config, "colocate", False) else 1.0,
     )
 
 

@@ -16,20 +16,8 @@ PACKAGE = ROOT / "raysys"
 ROOMS = {"data", "rollout", "scoring", "training", "weights"}
 LOW = {"methods", "models", "config", "batch", "runtime", "errors", "tasks"}
 FREE = {
-    "loop",
-    "wiring",
-    "studies",
-    "compression",
-    "cli",
-    "plan",
-    "doctor",
-    "submit",
-    "stages",
-    "pipeline",
-    "job",
-    "jobs",
-    "watching",
-    "supervise",
+    *("loop", "wiring", "studies", "compression", "cli", "plan", "doctor", "submit", "stages", "pipeline", "job", "jobs"),
+    *("watching", "supervise", "supervised", "compare", "colocate", "checks"),
 }
 """Who may import what it likes: these wire rooms together, or stand outside of a run."""
 

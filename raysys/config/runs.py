@@ -62,6 +62,8 @@ class GopdConfig(Run):
     """Responses a prompt."""
     max_age: NonNegativeInt = 0
     """Weight versions that a trajectory may lag behind; 0 is synchronous."""
+    colocate: bool = placed(False)
+    """Engines and trainer ranks share GPUs and take turns; only with max_age=0, one engine a rank. Default: GPUs of their own."""
     max_prompt_tokens: PositiveInt = 2048
     max_response_tokens: PositiveInt = 16384
     learning_rate: PositiveFloat = 1e-5
@@ -89,6 +91,15 @@ class GopdConfig(Run):
             )
         if not self.teachers:
             raise ValueError("teachers is empty; map each domain tag, or 'default', to a folder")
+        if self.colocate and self.max_age:
+            raise ValueError(
+                f"colocate=true lets engines and trainer take turns, max_age={self.max_age} lets them work at once: set one back"
+            )
+        if self.colocate and (self.rollout.workers != self.trainer.ranks or self.rollout.tensor_parallel > 1):
+            raise ValueError(
+                f"colocate=true puts one engine beside each trainer rank: set rollout.workers={self.trainer.ranks} (trainer.ranks) "
+                f"and rollout.tensor_parallel=1, got {self.rollout.workers} and {self.rollout.tensor_parallel}"
+            )
         if self.rollout.replay and self.evaluation is not None:
             raise ValueError("rollout.replay starts no engine, and evaluation needs one; set evaluation=null")
         if self.batch * self.samples < self.trainer.mini_batches:

@@ -83,6 +83,7 @@ class Crew:
                 self.lose(member, error.message)
                 return
         member.facts = facts
+        log.info("%s is up after %.1f s", member.name, now - member.since)
         member.enter("started", now)
 
     def welcome(self, member: Member, version: int, now: float) -> None:

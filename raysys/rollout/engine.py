@@ -44,7 +44,15 @@ def engine_arguments(spec: RolloutSpec) -> dict[str, Any]:
     }
     if not cpu:
         mp = {"distributed_executor_backend": "mp"} if config.tensor_parallel > 1 else {}
-        return shared | mp | {"gpu_memory_utilization": config.gpu_memory_utilization, "max_num_batched_tokens": config.max_batched_tokens}
+        return (
+            shared
+            | mp
+            | {
+                "gpu_memory_utilization": config.gpu_memory_utilization,
+                "max_num_batched_tokens": config.max_batched_tokens,
+                "enable_sleep_mode": spec.sleeps,
+            }
+        )
     if config.tensor_parallel > 1:
         raise ConfigError(f"rollout.tensor_parallel={config.tensor_parallel} needs GPUs", "set it to 1 on CPU")
     return shared | {

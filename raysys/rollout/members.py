@@ -40,6 +40,13 @@ class Member:
     def _reserve(self) -> Any:
         return placement_group([self.bundle])
 
+    def _place(self) -> tuple[int, float]:
+        """Bundle of the group, and GPUs."""
+        return 0, float(self._gpus)
+
+    def _free(self) -> None:
+        remove_placement_group(self._group)
+
     def enter(self, state: str, now: float) -> None:
         self.state, self.since, self.beat = state, now, now
 
@@ -52,8 +59,9 @@ class Member:
 
     def launch(self, now: float) -> None:
         """Starts the process and its engine; `pending` is ready when it is up."""
-        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=0)
-        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": self._gpus, "scheduling_strategy": place, "max_concurrency": CONCURRENCY}
+        index, gpus = self._place()
+        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        options: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus, "scheduling_strategy": place, "max_concurrency": CONCURRENCY}
         actor = ray.remote(self._worker).options(runtime_env={"env_vars": environment(self._spec)}, **options)
         self.handle = actor.remote(self._spec, self.rank)
         self.pending = self.handle.start.remote()
@@ -75,4 +83,4 @@ class Member:
                 ray.kill(self.handle)
             self.handle = None
         with contextlib.suppress(Exception):
-            remove_placement_group(self._group)
+            self._free()

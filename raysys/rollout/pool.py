@@ -199,6 +199,15 @@ class RolloutPool:
             self._crew.lose(member, cause)
             self._deal()
 
+    def each(self, method: str) -> None:
+        """Calls a method of every worker that is up and waits. One that does not answer is given up."""
+        refs = {member: getattr(member.handle, method).remote() for member in self.workers}
+        for member, ref in refs.items():
+            try:
+                get(ref, timeout=self._deadlines.push, actor=member.name, operation=method, knob="deadlines.push")
+            except InfrastructureError as error:
+                self.lose(member, error.message)
+
     def status(self) -> dict[str, Any]:
         """For people: who is how, and how much is waiting for whom."""
         with self._changed:

@@ -39,6 +39,8 @@ class RolloutSpec:
     """Prompt and response together, in tokens."""
     config: Rollout
     receiver: type[Receiver] | None = None
+    sleeps: bool = False
+    """The engine shares its GPU and must be able to give it up."""
     log_dir: str | None = None
     """Folder for the engine's own chatter (`rollout-<rank>.log`); None leaves it in Ray's worker log."""
 

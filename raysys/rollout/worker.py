@@ -195,6 +195,18 @@ class RolloutWorker(Serving):
         with self._ours("could not read weights back", WeightSyncError):
             return await self._receiver.differing(self._engine, bucket)
 
+    async def sleep(self) -> None:
+        """Frees the GPU: weights and KV cache are given up, the next push brings weights anew. On CPU nothing happens."""
+        if self._spec.device == "gpu":
+            with self._ours("could not fall asleep", InfrastructureError):
+                await self._engine.sleep(level=2)
+
+    async def wake(self) -> None:
+        """Takes the GPU again. What the weights hold then is nothing until a push is complete."""
+        if self._spec.device == "gpu":
+            with self._ours("could not wake up", InfrastructureError):
+                await self._engine.wake_up()
+
     async def quarantine(self, reason: str) -> None:
         """Refuses to generate until a whole update has come: the weights are not those that they should be."""
         self._quarantined = reason

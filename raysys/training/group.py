@@ -38,6 +38,7 @@ class TrainerGroup:
         device: "cpu" or "gpu".
         dtype: "float32", or "bfloat16" with float32 masters.
         log_dir: where DeepSpeed's own log goes.
+        share: of its GPU that a rank takes, as Ray counts; the rest of its bundle, and a CPU, is for whoever lives there too.
 
     Raises:
         ConfigError: an impossible combination.
@@ -56,13 +57,15 @@ class TrainerGroup:
         dtype: str,
         deadlines: Deadlines,
         log_dir: str | None = None,
+        share: float = 1.0,
     ):
         if config.offload_optimizer and config.zero_stage == 0:
             raise ConfigError("trainer.offload_optimizer needs trainer.zero_stage of 1 or more, got 0")
         self.config, self._deadlines, self._objective = config, deadlines, objective
         self.spec = TrainerSpec(config, model, objective, learning_rate, steps, seed, temperature, device, dtype, log_dir)
         self.workers: list[Any] = []
-        self._placement: PlacementGroup | None = None
+        self._share = share
+        self.placement: PlacementGroup | None = None
 
     def __enter__(self) -> TrainerGroup:
         return self
@@ -79,13 +82,14 @@ class TrainerGroup:
             ConfigError: the folder holds no model that can be trained.
         """
         config, ranks = self.config, self.config.ranks
-        bundle: dict[str, float] = {"CPU": float(config.threads)} | ({"GPU": 1.0} if self.spec.device == "gpu" else {})
-        self._placement = reserve([bundle] * ranks, what="trainer", timeout=self._deadlines.placement)
+        gpus = 1.0 if self.spec.device == "gpu" else 0.0
+        bundle: dict[str, float] = {"CPU": config.threads + (self._share < 1)} | ({"GPU": gpus} if gpus else {})
+        self.placement = reserve([bundle] * ranks, what="trainer", timeout=self._deadlines.placement)
         environment = {"env_vars": compute_environment(config.threads)}
         actor = ray.remote(TrainerWorker)
         for rank in range(ranks):
-            place = PlacementGroupSchedulingStrategy(self._placement, placement_group_bundle_index=rank)
-            options: dict[str, Any] = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "scheduling_strategy": place}
+            place = PlacementGroupSchedulingStrategy(self.placement, placement_group_bundle_index=rank)
+            options: dict[str, Any] = {"num_cpus": config.threads, "num_gpus": gpus * self._share, "scheduling_strategy": place}
             self.workers.append(actor.options(runtime_env=environment, **options).remote(self.spec, rank, ranks))
         host, port = get(
             self.workers[0].address.remote(),
@@ -224,9 +228,9 @@ class TrainerGroup:
         for worker in self.workers:
             ray.kill(worker)
         self.workers = []
-        if self._placement is not None:
-            remove_placement_group(self._placement)
-            self._placement = None
+        if self.placement is not None:
+            remove_placement_group(self.placement)
+            self.placement = None
 
     # -- inside
 

@@ -143,7 +143,7 @@ def _run(steps: int, batch: int, workers: int, seats: int, token_ms: float, trai
 def _real(max_age: int) -> dict[str, Any]:
     from tests.bench import gopd_step
 
-    return gopd_step.run(steps=20, skip=4, reward_scale=1.25, overrides=[f"max_age={max_age}"])
+    return gopd_step.run(steps=20, skip=4, reward_scale=1.25, overrides=[f"max_age={max_age}"], model={})
 
 
 def table(figures: dict[str, Any]) -> list[list[Any]]:

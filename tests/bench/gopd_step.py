@@ -16,14 +16,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-DEFAULTS: dict[str, Any] = {"steps": 30, "skip": 5, "reward_scale": 1.25, "overrides": []}
+DEFAULTS: dict[str, Any] = {"steps": 30, "skip": 5, "reward_scale": 1.25, "overrides": [], "model": {}}
 WORK = ("generate", "score", "train")
 
 
-def run(steps: int, skip: int, reward_scale: float, overrides: list[str]) -> dict[str, Any]:
-    """Median seconds of each phase after `skip` steps, and the overhead's share: everything but generate, score and train."""
+def run(steps: int, skip: int, reward_scale: float, overrides: list[str], model: dict[str, Any]) -> dict[str, Any]:
+    """Median seconds of each phase after `skip` steps, and the overhead's share: everything but generate, score and train.
+
+    Args:
+        model: sizes of the models, keys of `raysys.config.runs.NewModel`.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        models = [_model(Path(folder) / str(seed), seed) for seed in range(3)]
+        models = [_model(Path(folder) / str(seed), seed, model) for seed in range(3)]
         keys = [f"student={models[0]}", f"teachers.add={models[1]}", f"teachers.rev={models[2]}", f"reference={models[0]}"]
         keys += [f"reward_scale={reward_scale}", f"steps={steps}", "evaluation=null", "evaluate_every=null", "name=bench", *overrides]
         config = ROOT / "jobs" / "configs" / "gopd" / "local.yaml"
@@ -33,14 +37,15 @@ def run(steps: int, skip: int, reward_scale: float, overrides: list[str]) -> dic
     laps = [json.loads(line)["seconds"] for line in lines][skip:]
     phases = {name: statistics.median(lap.get(name, 0.0) for lap in laps) for name in sorted({key for lap in laps for key in lap})}
     overhead = [1 - sum(lap.get(name, 0.0) for name in WORK) / lap["total"] for lap in laps]
-    return {"seconds": phases, "overhead": statistics.median(overhead), "steps": len(laps)}
+    tokens = [json.loads(line)["tokens"] for line in lines][skip:]
+    return {"seconds": phases, "overhead": statistics.median(overhead), "steps": len(laps), "tokens": statistics.median(tokens)}
 
 
-def _model(folder: Path, seed: int) -> Path:
+def _model(folder: Path, seed: int, sizes: dict[str, Any]) -> Path:
     from raysys.config.runs import NewModel
     from raysys.models.scratch import new_causal
 
-    new_causal(NewModel(), folder, seed)
+    new_causal(NewModel(**sizes), folder, seed)
     return folder
 
 

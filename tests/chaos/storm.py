@@ -7,7 +7,6 @@ a run that nobody disturbed. The kills are seeded; the moments are as random as 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
@@ -18,13 +17,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 
+from raysys.compare import differences
 from raysys.head import Head
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,25 +61,39 @@ class Storm:
 
     def rage(self, kills: int, pause: tuple[float, float], signals: tuple[signal.Signals, ...] = SIGNALS) -> None:
         """Kills until there were `kills` or the run is done; each at least one step after the last one was made good."""
-        try:
-            self._until(lambda: self.lines() >= 1)
+        with self:
             while len(self.kills) < kills and self.run.poll() is None:
                 time.sleep(self._dice.uniform(*pause))
-                kind, how = self._dice.choice(sorted(self._victims)), self._dice.choice(signals)
-                victim = self._find(kind)
-                if victim is None or self.run.poll() is not None:
-                    continue
-                began, line = time.monotonic(), self.lines()
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    victim.send_signal(how)
-                    self._until(lambda: self._recovered(victim, line, how))  # noqa: B023  asked at once
-                    self.kills.append(Kill(kind, how.name, line, time.monotonic() - began))
-            self._until(lambda: self.run.poll() is not None)
+                self.hit(self._dice.choice(sorted(self._victims)), self._dice.choice(signals))
+        assert self.run.returncode == 0, f"the run ended with {self.run.returncode}:\n{self.tail()}"
+
+    def __enter__(self) -> Storm:
+        self._until(lambda: self.lines() >= 1)
+        return self
+
+    def __exit__(self, kind: type | None, *exc: object) -> None:
+        """Waits for the run's end, or ends it if something went wrong."""
+        try:
+            if kind is None:
+                self._until(lambda: self.run.poll() is not None)
         finally:
             if self.run.poll() is None:
                 self.run.kill()
             self.run.wait()
-        assert self.run.returncode == 0, f"the run ended with {self.run.returncode}:\n{self.tail()}"
+
+    def hit(self, kind: str, how: signal.Signals) -> Kill | None:
+        """Hits one process and waits until the run has made it good. None: there was nobody to hit."""
+        victim = self._find(kind)
+        if victim is None or self.run.poll() is not None:
+            return None
+        began, line = time.monotonic(), self.lines()
+        try:
+            victim.send_signal(how)
+        except psutil.NoSuchProcess:
+            return None
+        self._until(lambda: self._recovered(victim, line))
+        self.kills.append(Kill(kind, how.name, line, time.monotonic() - began))
+        return self.kills[-1]
 
     def lines(self) -> int:
         path = self._folder / "metrics.jsonl"
@@ -87,7 +102,7 @@ class Storm:
     def tail(self) -> str:
         return self._log.read_text()[-3000:]
 
-    def _recovered(self, victim: psutil.Process, line: int, how: signal.Signals) -> bool:
+    def _recovered(self, victim: psutil.Process, line: int) -> bool:
         """The next good step is done, and what was stopped is gone: until then its work may still be missing."""
         ended = self.run.poll() is not None
         gone = not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
@@ -160,36 +175,30 @@ REAL_VICTIMS = {
 }
 
 
-def real_run(head: Head, folder: Path, seed: int, kills: int, steps: int = 60) -> list[Kill]:
-    """`jobs/gopd.py` on untrained small models under fire; metrics and weights must equal an undisturbed run's bit for bit."""
+def real_command(folder: Path, name: str, steps: int) -> list[str]:
+    """`jobs/gopd.py` on two untrained small models, which are made on the first call."""
     from raysys.config.runs import NewModel
     from raysys.models.scratch import new_causal
 
-    models = [str(new_causal(NewModel(), folder / f"model{number}", seed=number)) for number in range(2)]
+    models = [folder / f"model{number}" for number in range(2)]
+    for number, path in enumerate(models):
+        if not path.is_dir():
+            new_causal(NewModel(), path, seed=number)
     config = ROOT / "jobs" / "configs" / "gopd" / "local.yaml"
-    keys = [
-        f"student={models[0]}",
-        f"teachers={{add: {models[1]}, rev: {models[1]}}}",
-        "reference=null",
-        "reward_scale=1.0",
-        "evaluation=null",
-    ]
-    keys += [f"steps={steps}", "batch=32", "evaluate_every=null", "checkpoint_every=2", "restarts=8"]
+    keys = [f"student={models[0]}", f"teachers={{add: {models[1]}, rev: {models[1]}}}", "reference=null", "reward_scale=1.0"]
+    keys += ["evaluation=null", f"steps={steps}", "batch=32", "evaluate_every=null", "checkpoint_every=2", "restarts=8"]
     keys += ["deadlines={heartbeat: 10, train: 15, score: 15, push: 15}"]
+    return [sys.executable, "-u", str(ROOT / "jobs" / "gopd.py"), "--config", str(config), f"run_dir={folder / name}", *keys]
+
+
+def real_run(head: Head, folder: Path, seed: int, kills: int, steps: int = 60) -> list[Kill]:
+    """A real run under fire; metrics and weights must equal an undisturbed run's bit for bit."""
     runs: dict[str, Storm] = {}
     for name, count in (("hit", kills), ("calm", 0)):
-        command = [sys.executable, "-u", str(ROOT / "jobs" / "gopd.py"), "--config", str(config), f"run_dir={folder / name}", *keys]
-        runs[name] = Storm(head, command, folder / name, REAL_VICTIMS, random.Random(seed), patience=240.0)
+        runs[name] = Storm(head, real_command(folder, name, steps), folder / name, REAL_VICTIMS, random.Random(seed), patience=240.0)
         runs[name].rage(count, pause=(0.2, 1.5))
-    metrics = {
-        name: [
-            {key: value for key, value in json.loads(line).items() if key not in ("seconds", "recovered")}
-            for line in (folder / name / "metrics.jsonl").read_text().splitlines()
-        ]
-        for name in runs
-    }
-    for before, after in zip(metrics["calm"], metrics["hit"], strict=True):
-        assert before == after, f"step {before['step']} differs: {before} and {after}"
+    told = list(differences(folder / "calm", folder / "hit"))
+    assert not told, told[0]
     for file in (folder / "calm" / "export").glob("*.safetensors"):
         assert file.read_bytes() == (folder / "hit" / "export" / file.name).read_bytes(), f"{file.name} differs"
     return runs["hit"].kills
@@ -210,14 +219,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--real", type=int, default=6, help="on a real engine")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    from raysys import head as heads
-
-    home = Path(tempfile.mkdtemp(prefix="raysys-chaos-"))
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAYSYS_HOME": str(home)}
-    head = None
-    try:
-        with heads.locked(home):
-            head = heads.start(home, cpus=16)
+    with a_head() as (head, home):
         fake: list[Kill] = []
         run = options.seed
         while len(fake) < options.kills:
@@ -233,10 +235,22 @@ def main(arguments: list[str]) -> int:
             (home / "real").mkdir()
             print("real engine:\n" + tell(real_run(head, home / "real", options.seed, options.real)), flush=True)
         print(f"{len(fake)} kills on fake engines and {options.real} on a real one: nothing lost, nothing trained twice")
-        return 0
+    return 0
+
+
+@contextmanager
+def a_head() -> Iterator[tuple[Head, Path]]:
+    """A Ray head of its own and a folder beside it; both are gone afterwards."""
+    from raysys import head as heads
+
+    home = Path(tempfile.mkdtemp(prefix="raysys-chaos-"))
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "RAYSYS_HOME": str(home)}
+    try:
+        with heads.locked(home):
+            head = heads.start(home, cpus=16)
+        yield head, home
     finally:
-        if head is not None:
-            head.stop()
+        heads.remove_traces(home)
         shutil.rmtree(home, ignore_errors=True)
 
 

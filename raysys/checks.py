@@ -1,0 +1,59 @@
+"""Everything about a run's models and data that can be known before any actor starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from raysys.config.parts import Data
+from raysys.config.runs import EvaluateConfig, GopdConfig, SftConfig
+from raysys.data.preflight import check_vocabularies, preflight
+from raysys.errors import ConfigError
+from raysys.job import RUNS_VARIABLE
+
+
+def check_gopd(config: GopdConfig) -> None:
+    """Everything about models and data that can be known without a cluster. Raises ConfigError or DataError."""
+    student = local_or_id(config.student)
+    frozen = {f"teachers.{tag}": local_or_id(folder) for tag, folder in config.teachers.items()}
+    if config.reference is not None and config.reward_scale != 1:
+        frozen["reference"] = local_or_id(config.reference)
+    check_vocabularies({"student": student} | frozen)
+    _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, set(config.teachers))
+    if config.evaluation is not None:
+        _check_data(config.evaluation.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
+
+
+def check_sft(config: SftConfig) -> None:
+    """As `check_gopd`. A model that the run makes itself has nothing to check but its data."""
+    student = local_or_id(config.student) if config.student else None
+    _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """As `check_gopd`."""
+    if not config.models:
+        raise ConfigError("models is empty", "name at least one checkpoint: models.student=FOLDER")
+    models = {f"models.{label}": local_or_id(folder) for label, folder in config.models.items()}
+    for label, folder in models.items():
+        check_vocabularies({label: folder})
+    _check_data(config.evaluation.data, next(iter(models.values())), config.max_prompt_tokens, config.max_response_tokens, None)
+
+
+def _check_data(data: Data, tokenizer: str | None, prompt: int, response: int, domains: set[str] | None) -> None:
+    preflight(data, tokenizer, max_prompt_tokens=prompt, max_response_tokens=response, domains=domains)
+
+
+def local_or_id(folder: str) -> str:
+    """An absolute path for a folder that is here (actors have other working directories), else the hub id as it is.
+
+    `runs/...` is looked for where this process's runs are kept. Raises ConfigError for a path that leads nowhere.
+    """
+    path = Path(folder)
+    if path.parts[:1] == ("runs",) and os.environ.get(RUNS_VARIABLE):
+        path = Path(os.environ[RUNS_VARIABLE], *path.parts[1:])
+    if path.exists():
+        return str(path.absolute())
+    if folder.startswith(("/", ".", "~", "runs/")):
+        raise ConfigError(f"model folder {folder} does not exist", "`bash cluster/quickstart.sh` makes those of the example configs")
+    return folder
