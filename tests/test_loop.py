@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
 from raysys.config.runs import GopdConfig
-from raysys.errors import ConfigError
+from raysys.errors import CheckpointError, ConfigError
 from raysys.evaluation.during import NoEvaluation
 from raysys.ledger import Ledger
 from raysys.loop import Parts, describe, train
@@ -99,6 +100,28 @@ def test_a_half_written_checkpoint_is_passed_over_with_a_line(tmp_path: Path, ca
     (tmp_path / "hit/ledger/finished.json").unlink()
     again, _ = launch(tmp_path / "hit")
     assert "step_00000007 is incomplete" in caplog.text
+    assert again.weight == calm.weight and records(tmp_path / "hit") == records(tmp_path / "calm")
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_resume_point_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from raysys import ledger as ledgers
+
+    whole, calls = ledgers.write_json, []
+
+    def full(path: Path, record) -> None:
+        if path.name == "manifest.json":
+            calls.append(path)
+            if len(calls) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        whole(path, record)
+
+    monkeypatch.setattr(ledgers, "write_json", full)
+    with pytest.raises(CheckpointError, match=r"step_00000006 could not be written: .*No space left.*the one before it is intact"):
+        launch(tmp_path / "hit")
+    assert [path.name for path in (tmp_path / "hit/checkpoints").iterdir()] == ["step_00000003"]
+    monkeypatch.undo()
+    calm, _ = launch(tmp_path / "calm")
+    again, _ = launch(tmp_path / "hit")
     assert again.weight == calm.weight and records(tmp_path / "hit") == records(tmp_path / "calm")
 
 

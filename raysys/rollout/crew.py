@@ -75,12 +75,10 @@ class Crew:
         others = next((other.facts for other in self.members if other.facts and other is not member), facts)
         for key, what in (("vllm", "vLLM"), ("revision", "a model of revision")):
             if facts.get(key) != others.get(key):
-                error = InfrastructureError(
-                    f"{member.name} runs {what} {facts.get(key)}, the others {others.get(key)}", "install the same on all nodes"
-                )
+                cause = f"runs {what} {facts.get(key)}, the others {others.get(key)}"
                 if not self.started:
-                    raise error
-                self.lose(member, error.message)
+                    raise InfrastructureError(f"{member.name} {cause}", "install the same on all nodes")
+                self.lose(member, f"it {cause}")
                 return
         member.facts = facts
         log.info("%s is up after %.1f s", member.name, now - member.since)

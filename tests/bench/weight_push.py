@@ -1,8 +1,8 @@
 """How fast a push travels over shared memory, part by part, beside a plain copy of the same bytes in memory.
 
 Transport and hashing: real buckets (`BucketPlan`), the real `Pusher` and `SharedMemoryReceiver` in Ray actors, and in place of the
-engine a process that maps each file and reads a number of every page of every tensor. In the transport figures both ends return one
-constant for a digest, so that only bytes move. The engine's own load: a vLLM engine on CPU, clocked inside its process.
+engine a process that maps each file and reads a number of every page of every tensor. In the transport figures both ends give one
+constant for every digest, so that only bytes move. The engine's own load: a vLLM engine on CPU, clocked inside its process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,14 +31,15 @@ DEFAULTS: dict[str, Any] = {
 }
 TARGET = 0.5
 PARTS = ("gather", "store", "write", "map", "answer")
-SIZES = {1_000_000: {"hidden_size": 128, "layers": 5, "heads": 4, "kv_heads": 4, "ffn_size": 384}}
-SIZES[30_000_000] = {"hidden_size": 512, "layers": 9, "heads": 16, "kv_heads": 16, "ffn_size": 1536}
-PAGE = 1024
-"""float32 numbers of a page of memory."""
+MODELS: dict[int, dict[str, Any]] = {
+    1_000_000: {"hidden_size": 128, "layers": 5, "heads": 4, "kv_heads": 4, "ffn_size": 384},
+    30_000_000: {"hidden_size": 512, "layers": 9, "heads": 16, "kv_heads": 16, "ffn_size": 1536},
+}
+PAGE = 1024  # float32 numbers in a page of memory
 
 
 def run(parameters: list[int], tensors: list[int], engines: list[int], bucket_mib: int, repeats: int) -> dict[str, Any]:
-    """Medians of `repeats` warm pushes for each size and number of tensors, and for each engine (1 M and 30 M exist)."""
+    """Medians of `repeats` warm pushes for each size and number of tensors, and for each engine (those of `MODELS`)."""
     from tests.bench.private_ray import private_ray
 
     with private_ray(cpus=4):
@@ -48,62 +49,37 @@ def run(parameters: list[int], tensors: list[int], engines: list[int], bucket_mi
 
 
 def table(figures: dict[str, Any]) -> list[list[Any]]:
-    keys = ["memcpy_s", "transport_s", "memcpy_gbs", "transport_gbs", "ratio", "hash_trainer_s", "hash_engine_s", "whole_s"]
-    head = ["parameters", "tensors", *keys, *(f"{part}_s" for part in PARTS), "load_s"]
-    rows = [[row["parameters"], row["tensors"], *(row[key] for key in keys), *row["parts"].values(), "-"] for row in figures["moved"]]
-    for row in figures["loaded"]:
-        found = [row.get(key, "-") for key in keys]
-        rows.append([row["parameters"], row["tensors"], *found, *("-" for _ in PARTS), row["load_s"]])
-    return [head, *rows]
+    keys = ["memcpy_s", "transport_s", "transport_gbs", "ratio", "hash_trainer_s", "hash_engine_s", "load_s", "whole_s"]
+    keys = ["parameters", "tensors", *keys, *(f"{part}_s" for part in PARTS)]
+    return [keys, *([row.get(key, "-") for key in keys] for row in [*figures["moved"], *figures["loaded"]])]
 
 
 def _moved(parameters: int, tensors: int, bucket_mib: int, repeats: int) -> dict[str, Any]:
     import ray
 
-    from raysys.rollout.spec import RolloutSpec  # noqa: F401  the sink's process must find the package as this one does
     from raysys.runtime import compute_environment
 
-    source: Any = ray.remote(Source).options(runtime_env={"env_vars": compute_environment(2)}).remote(None, parameters, tensors)
-    sink: Any = ray.remote(Sink).options(runtime_env={"env_vars": {"VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}}).remote()
+    source = _actor(Source, compute_environment(2), None, parameters, tensors)
+    sink = _actor(Sink, {"VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"})
+    laps: list[dict[str, float]] = []
     try:
         ray.get(sink.start.remote())
         pusher, count = _pusher(source, sink, bucket_mib)
-        nbytes, seconds = parameters * 4, {"memcpy": [], "transport": [], "whole": []}
-        hashes: list[tuple[float, float]] = []
-        parts: list[dict[str, float]] = []
-        for repeat in range(repeats + 1):
-            lap = {"memcpy": memcpy_seconds(nbytes)}
-            for name in ("transport", "whole"):
-                ray.get([end.hashing.remote(name == "whole") for end in (source, sink)])
-                lap[name] = pusher.push(repeat).seconds["transfer"]
-            spent = ray.get([end.hashed.remote() for end in (source, sink)])
-            ray.get([end.hashing.remote(False) for end in (source, sink)])
-            steps = _parts(source, sink, count)
-            if repeat == 0:
-                first = lap["transport"]  # pages of the store and of the trainer's buffers are made by the first push
-                continue
-            for name, one in lap.items():
-                seconds[name].append(one)
-            hashes.append((spent[0], spent[1]))
-            parts.append(steps)
+        for version in range(repeats + 1):
+            lap = {"memcpy_s": memcpy_seconds(parameters * 4)}
+            for name, on in (("transport_s", False), ("whole_s", True)):
+                ray.get([end.hashing.remote(on) for end in (source, sink)])
+                lap[name] = pusher.push(version).seconds["transfer"]
+            lap["hash_trainer_s"], lap["hash_engine_s"] = ray.get([end.hashing.remote(False) for end in (source, sink)])
+            laps.append(lap | _parts(source, sink, bucket_mib))
     finally:
-        ray.kill(source)
         ray.get(sink.close.remote())
-        ray.kill(sink)
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "parameters": parameters,
-        "tensors": tensors,
-        "buckets": count,
-        **{f"{name}_s": value for name, value in middle.items()},
-        **{f"{name}_all_s": values for name, values in seconds.items()},
-        "first_transport_s": first,
-        **{f"{name}_gbs": nbytes / middle[name] / 1e9 for name in ("memcpy", "transport")},
-        "ratio": middle["memcpy"] / middle["transport"],
-        "hash_trainer_s": statistics.median(one for one, _ in hashes),
-        "hash_engine_s": statistics.median(one for _, one in hashes),
-        "parts": {part: statistics.median(one[part] for one in parts) for part in PARTS},
-    }
+        for end in (source, sink):
+            ray.kill(end)
+    found = {name: statistics.median(lap[name] for lap in laps[1:]) for name in laps[0]}
+    found |= {"ratio": found["memcpy_s"] / found["transport_s"], "transport_gbs": parameters * 4 / found["transport_s"] / 1e9}
+    # The first push makes the pages of the object store and of the trainer's buffers.
+    return {"parameters": parameters, "tensors": tensors, "buckets": count, **found, "first": laps[0], "laps": laps[1:]}
 
 
 def _loaded(parameters: int, bucket_mib: int, repeats: int) -> dict[str, Any]:
@@ -116,44 +92,46 @@ def _loaded(parameters: int, bucket_mib: int, repeats: int) -> dict[str, Any]:
     from raysys.rollout.spec import RolloutSpec
     from raysys.runtime import compute_environment
 
+    laps: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        folder = str(new_causal(NewModel(context=64, initializer_range=0.02, **SIZES[parameters]), temporary, seed=0))
+        folder = str(new_causal(NewModel(context=64, initializer_range=0.02, **MODELS[parameters]), temporary, seed=0))
         config = Rollout(kv_cache_mib=64, max_sequences=4)
         spec = RolloutSpec(folder, "cpu", "float32", max_model_len=40, config=config, receiver=SharedMemoryReceiver, log_dir=folder)
-        source: Any = ray.remote(Source).options(runtime_env={"env_vars": compute_environment(2)}).remote(folder)
-        extra = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}  # clocks go to the engine's process as a function
-        worker: Any = ray.remote(ClockedWorker).options(runtime_env={"env_vars": environment(spec) | extra}).remote(spec)
+        source = _actor(Source, compute_environment(2), folder)
+        # The clocks go to the engine's process as a function.
+        worker = _actor(ClockedWorker, environment(spec) | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}, spec)
         try:
             ray.get(worker.start.remote(), timeout=300)
             pusher, _ = _pusher(source, worker, bucket_mib)
-            manifest, _ = ray.get(source.bucket_plan.remote(bucket_mib << 20))
-            laps: list[dict[str, float]] = []
-            for repeat in range(repeats + 1):
-                ray.get(source.hashing.remote(True))
-                ray.get(worker.clocks.remote())
-                result = pusher.push(repeat + 1)
-                clocks = ray.get(worker.clocks.remote())
-                lap = {"whole_s": result.seconds["transfer"], "hash_trainer_s": ray.get(source.hashed.remote())}
-                lap |= {"hash_engine_s": clocks.pop("digest"), **{f"{name}_s": value for name, value in clocks.items()}}
-                laps.append(lap | {"load_s": sum(clocks.values()) - lap["hash_engine_s"]})
+            sizes = [int(np.prod(shape)) for shape, _ in ray.get(source.bucket_plan.remote(bucket_mib << 20))[0].values()]
+            for version in range(repeats + 1):
+                ray.get([source.hashing.remote(True), worker.clocks.remote()])
+                whole = pusher.push(version + 1).seconds["transfer"]
+                left, inside = ray.get([source.hashing.remote(True), worker.clocks.remote()])
+                load = sum(inside.values()) - 2 * inside["digest"]  # `update_weights` hashes what it reads
+                laps.append({"whole_s": whole, "hash_trainer_s": left, "hash_engine_s": inside["digest"], "load_s": load})
         finally:
-            ray.kill(source)
             ray.get(worker.close.remote())
-            ray.kill(worker)
-    held = sum(int(np.prod(shape)) for shape, _ in manifest.values())
-    medians = {name: statistics.median(lap[name] for lap in laps[1:]) for name in laps[0]}
-    return {"parameters": held, "tensors": len(manifest), **medians, "load_gbs": held * 4 / medians["load_s"] / 1e9}
+            for end in (source, worker):
+                ray.kill(end)
+    found = {name: statistics.median(lap[name] for lap in laps[1:]) for name in laps[0]}
+    return {"parameters": sum(sizes), "tensors": len(sizes), **found, "load_gbs": sum(sizes) * 4 / found["load_s"] / 1e9, "laps": laps[1:]}
 
 
 def memcpy_seconds(nbytes: int, times: int = 3) -> float:
     """Median time of a copy between two buffers whose pages exist."""
-    source, target = np.ones(nbytes, np.uint8), np.ones(nbytes, np.uint8)
-    found = []
+    source, target, found = np.ones(nbytes, np.uint8), np.ones(nbytes, np.uint8), []
     for _ in range(times):
         began = time.perf_counter()
         np.copyto(target, source)
         found.append(time.perf_counter() - began)
     return statistics.median(found)
+
+
+def _actor(kind: type, environment: dict[str, str], *arguments: Any) -> Any:
+    import ray
+
+    return ray.remote(kind).options(runtime_env={"env_vars": environment}).remote(*arguments)
 
 
 def _pusher(source: Any, worker: Any, bucket_mib: int) -> tuple[Any, int]:
@@ -163,46 +141,34 @@ def _pusher(source: Any, worker: Any, bucket_mib: int) -> tuple[Any, int]:
     from raysys.config.parts import Deadlines, Weights
     from raysys.weights.push import Pusher
 
-    def nothing(*_: Any) -> None:
-        return None
-
     def planned(max_bytes: int) -> tuple[Manifest, int]:
         return ray.get(source.bucket_plan.remote(max_bytes))
 
-    def probed(ids: Sequence[int]) -> np.ndarray:
-        return ray.get(source.probe_logprobs.remote(list(ids)))
+    def probed(ids: list[int]) -> np.ndarray:
+        return ray.get(source.probe_logprobs.remote(ids))
 
-    trainer: Any = SimpleNamespace(
-        bucket_plan=planned, gather_bucket=lambda index: source.gather_bucket.remote(index), probe_logprobs=probed
-    )
-    pool: Any = SimpleNamespace(workers=[_Member(worker)], await_worker=nothing, pushed=nothing, lose=_lost)
-    return Pusher(trainer, pool, Weights(bucket_mib=bucket_mib), Deadlines(push=120)), planned(bucket_mib << 20)[1]
+    def lose(member: Any, cause: str) -> None:
+        raise RuntimeError(cause)
 
-
-class _Member:
-    """A worker as a push sees it."""
-
-    name, state = "worker", "up"
-
-    def __init__(self, handle: Any):
-        self.handle = handle
+    member = type("Member", (), {"name": "worker", "state": "up", "handle": worker})()
+    trainer: Any = SimpleNamespace(bucket_plan=planned, gather_bucket=source.gather_bucket.remote, probe_logprobs=probed)
+    engines: Any = SimpleNamespace(workers=[member], pushed=lambda version, members: None, lose=lose)
+    pusher = Pusher(trainer, engines, Weights(bucket_mib=bucket_mib), Deadlines(push=120), probe_ids=[5, 90, 17, 33])
+    return pusher, planned(bucket_mib << 20)[1]
 
 
-def _lost(member: _Member, cause: str) -> None:
-    raise RuntimeError(f"{member.name}: {cause}")
-
-
-def _parts(source: Any, sink: Any, count: int) -> dict[str, float]:
+def _parts(source: Any, sink: Any, bucket_mib: int) -> dict[str, float]:
     """Seconds of each part with one bucket under way at a time; `store` is Ray's: put, message, get."""
     import ray
 
-    ray.get(sink.begin_update.remote(ray.get(source.manifest.remote())))
-    sums = dict.fromkeys(PARTS, 0.0)
+    manifest, count = ray.get(source.bucket_plan.remote(bucket_mib << 20))
+    ray.get(sink.begin_update.remote(manifest))
+    sums = dict.fromkeys([f"{part}_s" for part in PARTS], 0.0)
     for index in range(count):
-        marks: list[float] = ray.get(sink.marked.remote(source.gather_bucket.remote(index)))
-        marks = [*ray.get(source.marks.remote()), *marks]
-        for part, began, ended in zip(PARTS, marks, marks[1:], strict=False):
-            sums[part] += ended - began
+        later = ray.get(sink.marked.remote(source.gather_bucket.remote(index)))
+        marks = [*ray.get(source.marks.remote()), *later]
+        for name, began, ended in zip(sums, marks, marks[1:], strict=False):
+            sums[name] += ended - began
     ray.get(sink.finish_update.remote(0))
     return sums
 
@@ -225,34 +191,37 @@ class Clock:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.function, name)
 
+    def switch(self, on: bool) -> float:
+        """Turns it on or off; gives the seconds so far and counts anew."""
+        spent, self.on, self.seconds = self.seconds, on, 0.0
+        return spent
+
 
 class Source:
     """Rank 0 of a trainer that only has weights: a model folder's, or so many in so many tensors."""
 
     def __init__(self, folder: str | None, parameters: int = 0, tensors: int = 1):
         import torch
+        from torch.distributed import HashStore  # type: ignore[attr-defined]
         from transformers import AutoModelForCausalLM
 
         from raysys.training import weights
 
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         if folder:
             self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         else:
             state = {f"layers.{index // 10}.weight{index}": torch.randn(parameters // tensors) for index in range(tensors)}
             self._model = SimpleNamespace(state_dict=lambda keep_vars: state)
+        rooms: Any = weights
         self._marks = [0.0, 0.0]
-        self._blake3 = Clock(weights.blake3, weights.blake3())
-        weights.blake3 = self._blake3  # type: ignore[misc]
+        self._hash = rooms.blake3 = Clock(weights.blake3, weights.blake3())
 
     def bucket_plan(self, max_bytes: int) -> tuple[Manifest, int]:
         from raysys.training.weights import BucketPlan
 
         self._plan = BucketPlan(SimpleNamespace(module=self._model, zero_optimization_stage=lambda: 0), max_bytes)
         return self._plan.manifest, len(self._plan.buckets)
-
-    def manifest(self) -> Manifest:
-        return self._plan.manifest
 
     def gather_bucket(self, index: int) -> Bucket | None:
         began = time.monotonic()
@@ -263,11 +232,8 @@ class Source:
     def marks(self) -> list[float]:
         return self._marks
 
-    def hashing(self, on: bool) -> None:
-        self._blake3.on, self._blake3.seconds = on, 0.0
-
-    def hashed(self) -> float:
-        return self._blake3.seconds
+    def hashing(self, on: bool) -> float:
+        return self._hash.switch(on)
 
     def probe_logprobs(self, ids: list[int]) -> np.ndarray:
         import torch
@@ -280,83 +246,74 @@ class Source:
 
 
 class Sink:
-    """A rollout actor without an engine: the receiver is real, `Stub` is at its other end."""
+    """A rollout actor without an engine: the receiver is real, at its other end is a process that runs `serve`."""
+
+    model_config = SimpleNamespace(dtype="torch.float32")
 
     async def start(self) -> None:
-        self._receiver, self._stub = SharedMemoryReceiver(), Stub()
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs,), daemon=True)
+        self._process.start()
+        self._turn, self._marks, self._receiver = asyncio.Lock(), [0.0, 0.0], SharedMemoryReceiver()
         with tempfile.TemporaryDirectory() as nothing:
-            await self._receiver.ready(self._stub, nothing)
+            await self._receiver.ready(self, nothing)
 
-    async def limits(self) -> dict[str, int]:
-        return {"vocabulary": 100, "length": 8}
+    async def close(self) -> None:
+        self._receiver.close()
+        self._process.terminate()
+
+    # -- what a push asks of a rollout actor
 
     async def begin_update(self, manifest: Manifest) -> None:
-        await self._receiver.check(self._stub, manifest)
-        await self._receiver.begin(self._stub, manifest)
+        await self._receiver.check(self, manifest)
+        await self._receiver.begin(self, manifest)
 
     async def update(self, bucket: Bucket) -> None:
-        await self._receiver.update(self._stub, bucket)
+        await self._receiver.update(self, bucket)
+
+    async def finish_update(self, version: int) -> dict[str, str]:
+        return await self._receiver.finish(self, version)
+
+    async def probe(self, ids: list[int]) -> np.ndarray:
+        return np.zeros(len(ids) - 1, np.float32)
 
     async def marked(self, bucket: Bucket) -> list[float]:
         """`update` with its times: bucket here, file written, file read, all answered."""
         began = time.monotonic()
         await self.update(bucket)
-        return [began, *self._stub.marks, time.monotonic()]
+        return [began, *self._marks, time.monotonic()]
 
-    async def finish_update(self, version: int) -> dict[str, str]:
-        return await self._receiver.finish(self._stub, version)
+    async def hashing(self, on: bool) -> float:
+        return await self._ask("hashing", on)
 
-    async def probe(self, ids: list[int]) -> np.ndarray:
-        return np.zeros(len(ids) - 1, np.float32)
-
-    async def hashing(self, on: bool) -> None:
-        await self._stub.ask("hashing", on)
-
-    async def hashed(self) -> float:
-        return await self._stub.ask("hashed")
-
-    async def close(self) -> None:
-        self._receiver.close()
-        self._stub.process.terminate()
-
-
-class Stub:
-    """What the receiver needs of an engine, in a process of its own."""
-
-    model_config = SimpleNamespace(dtype="torch.float32")
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._turn, self.marks = asyncio.Lock(), [0.0, 0.0]
-        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
-        self.process.start()
-
-    async def ask(self, what: str, payload: Any = None) -> Any:
-        async with self._turn:
-            self._pipe.send((what, payload))
-            return await asyncio.to_thread(self._pipe.recv)
+    # -- what the receiver asks of an engine
 
     async def init_weight_transfer_engine(self, request: Any) -> None:
         return None
 
     async def start_weight_update(self) -> None:
-        await self.ask("begin")
+        await self._ask("begin")
+
+    async def update_weights(self, request: Any) -> None:
+        written = time.monotonic()
+        await self._ask("update", request.update_info)
+        self._marks = [written, time.monotonic()]
 
     async def finish_weight_update(self, weight_version: str = "") -> None:
         return None
 
-    async def update_weights(self, request: Any) -> None:
-        written = time.monotonic()
-        await self.ask("update", request.update_info)
-        self.marks = [written, time.monotonic()]
-
     async def collective_rpc(self, method: str) -> list[Any]:
-        return [await self.ask(method)]
+        return [await self._ask(method)]
+
+    async def _ask(self, what: str, payload: Any = None) -> Any:
+        async with self._turn:
+            self._pipe.send((what, payload))
+            return await asyncio.to_thread(self._pipe.recv)
 
 
 def serve(pipe: Any) -> None:
-    """The stub's process: maps, touches and hashes what it is told of, with the engine's own functions."""
+    """The engine's stand-in: maps, touches and hashes what it is told of, with the engine's own functions."""
     import torch
 
     from raysys.weights.digest import digest
@@ -365,9 +322,9 @@ def serve(pipe: Any) -> None:
     clock, digests = Clock(digest, digest(b"")), {}
     while True:
         what, payload = pipe.recv()
-        answer: Any = {"raysys_dtypes": {}, "raysys_digests": digests, "hashed": clock.seconds}.get(what)
+        answer: Any = {"raysys_dtypes": {}, "raysys_digests": digests}.get(what)
         if what == "hashing":
-            clock.on, clock.seconds = payload, 0.0
+            answer = clock.switch(payload)
         elif what == "begin":
             digests = {}
         elif what == "update":
@@ -390,12 +347,12 @@ class ClockedWorker(RolloutWorker):
 def read_clocks(worker: Any) -> dict[str, float]:
     from raysys.weights import engine_backend
 
-    holders = {"digest": engine_backend} | dict.fromkeys(
-        ("start_weight_update", "update_weights", "finish_weight_update"), worker.weight_transfer_engine
-    )
+    holders = dict.fromkeys(("start_weight_update", "update_weights", "finish_weight_update"), worker.weight_transfer_engine)
     found = {}
-    for name, holder in holders.items():
+    for name, holder in {"digest": engine_backend, **holders}.items():
         clock = getattr(holder, name)
-        found[name] = clock.seconds if isinstance(clock, Clock) else 0.0
-        setattr(holder, name, Clock(clock.function if isinstance(clock, Clock) else clock))
+        if not isinstance(clock, Clock):
+            clock = Clock(clock)
+            setattr(holder, name, clock)
+        found[name] = clock.switch(True)
     return found

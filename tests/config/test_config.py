@@ -72,3 +72,29 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
 def test_configs_import_no_engine() -> None:
     code = "import sys, raysys.config.runs; print([m for m in ('torch', 'ray', 'vllm', 'transformers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("rollout.workers=8..1", "the range ends below its beginning"),
+        ("rollout.workers=many", "rollout.workers"),
+        ("rollout.generate_only=true", "needs record=FOLDER"),
+        ("colocate=true", None),
+    ],
+)
+def test_placement_that_cannot_be_is_refused(override: str, told: str | None) -> None:
+    keys = ["student=s", "teachers.default=t", "data.path=p", override]
+    if told is None:
+        assert GopdConfig.load(None, keys).colocate
+        for more, message in (("max_age=1", "take turns"), ("rollout.workers=2", "set rollout.workers=1")):
+            with pytest.raises(ConfigError, match=message):
+                GopdConfig.load(None, [*keys, more])
+    else:
+        with pytest.raises(ConfigError, match=told):
+            GopdConfig.load(None, keys)
+
+
+def test_a_range_of_workers_has_two_ends() -> None:
+    config = GopdConfig.load(None, ["student=s", "teachers.default=t", "data.path=p", "rollout.workers=1..8"])
+    assert (config.rollout.fewest, config.rollout.most) == (1, 8) and "rollout.workers" not in config.identity()

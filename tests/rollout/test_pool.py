@@ -157,6 +157,33 @@ def test_the_pool_grows_into_the_room_there_is_and_gives_it_back():
         assert len(group.generate(prompts([5, 6, 7]), SAMPLING)) == 3 and not inbox
 
 
+class Odd(Echo):
+    """The second worker of a pool runs another vLLM; the third another model."""
+
+    async def start(self) -> dict:
+        facts = await super().start()
+        return facts | {"vllm": "0.33" if self.rank == 1 else "0.32", "revision": "b" if self.rank == 2 else "a"}
+
+
+def test_a_worker_with_another_vllm_or_model_is_refused_with_both_versions():
+    config = Rollout(workers=2)
+    spec = RolloutSpec(model="m", device="cpu", dtype="float32", max_model_len=32, config=config)
+    with (
+        RolloutPool(config, spec, Deadlines(placement=60, start=120), worker=Odd) as group,
+        pytest.raises(InfrastructureError, match=r"rollout worker \d runs vLLM 0.3\d, the others 0.3\d \(install the same on all nodes\)"),
+    ):
+        group.start()
+    config = Rollout(workers="1..3", restarts=1)
+    with RolloutPool(config, spec, Deadlines(placement=60, start=120), worker=Odd) as group:
+        group.start()
+        assert len(group.generate(prompts([5, 6]), SAMPLING)) == 2
+        with pytest.raises(
+            InfrastructureError,
+            match=r"2 rollout workers were lost .* first: rollout worker [12]: it runs (vLLM 0.33|a model of revision b)",
+        ):
+            group.wait(lambda: False, "grow")
+
+
 def test_no_room_is_a_placement_error():
     told = r"no place for rollout: asked for .* \d\d bundles \(\d+ workers have theirs\), waited 1 s"
     with pool(64, placement=1.0) as group, pytest.raises(PlacementError, match=told):

@@ -1,0 +1,100 @@
+"""What `raysys doctor --job` tells of a run, and what Prometheus gets of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysys import cli, watching
+from raysys.errors import ConfigError
+from raysys.report.live import GAUGES, PHASES, actor_phases, gauges
+
+STATUS: dict[str, Any] = {
+    "pid": 7,
+    "host": "h",
+    "submission_id": "raysubmit_1",
+    "step": 12,
+    "phase": "generate",
+    "waits": [{"for": "the rollout pool", "operation": "generate", "limit_s": 1800.0, "knob": "deadlines.generate", "waited_s": 61.5}],
+    "trainers": ["trainer rank 0"],
+    "scorers": ["scorer 0"],
+    "pool": {
+        "workers": [
+            {
+                "name": "rollout worker 0",
+                "state": "ready",
+                "version": 12,
+                "running": 3,
+                "held": 5,
+                "heard_s": 0.4,
+                "tokens": 900,
+                "kv_share": 0.5,
+            },
+            {"name": "rollout worker 2", "state": "starting", "version": -1, "running": 0, "held": 0, "heard_s": 2.0, "tokens": 0},
+        ],
+        "waiting": 4,
+        "redispatched": 2,
+        "lost_workers": 1,
+    },
+    "source": {"groups": 9, "complete": 3, "bytes": 4096},
+}
+
+
+def folder(runs: Path, name: str, status: dict[str, Any]) -> Path:
+    ledger = runs / name / "ledger"
+    ledger.mkdir(parents=True)
+    (ledger / "status.json").write_text(json.dumps(status))
+    return runs / name
+
+
+def test_a_run_is_found_by_folder_name_and_ray_job(tmp_path: Path) -> None:
+    run = folder(tmp_path, "mine", STATUS)
+    folder(tmp_path, "other", STATUS | {"submission_id": "raysubmit_2"})
+    for name in (str(run), "mine", "raysubmit_1"):
+        assert watching.find_run(name, tmp_path) == run
+    with pytest.raises(ConfigError, match="no run 'raysubmit_3'"):
+        watching.find_run("raysubmit_3", tmp_path)
+
+
+def test_who_waits_for_whom_is_told_and_so_is_silence(tmp_path: Path, monkeypatch, capsys) -> None:
+    run = folder(tmp_path, "mine", STATUS)
+    monkeypatch.setenv("RAYSYS_RUNS_DIR", str(tmp_path))
+    assert cli.main(["doctor", "--job", "mine"]) == 0
+    told = capsys.readouterr().out
+    for line in (
+        "mine: step 12, generate; pid 7 on h",
+        "the driver waits for the rollout pool: generate, 61.5 of 1800 s (deadlines.generate)",
+        "rollout worker 0: generating; ready, weights 12, has 5, heard 0.4 s ago",
+        "rollout worker 2: starting",
+        "trainer rank 0: idle",
+        "9 prompts under way, 3 complete (4096 bytes); 4 samples free, 2 given again; 1 workers lost",
+    ):
+        assert line in told
+    old = (run / "ledger" / "status.json").stat().st_mtime - 100
+    os.utime(run / "ledger" / "status.json", (old, old))
+    assert "SILENT for 10" in watching.describe(run)[0]
+    (run / "ledger" / "finished.json").touch()
+    assert "finished" in watching.describe(run)[0] and "SILENT" not in watching.describe(run)[0]
+
+
+@pytest.mark.parametrize(
+    ("phase", "want"),
+    [("train", "training"), ("push", "pushing"), ("generate", "idle"), ("", "idle")],
+)
+def test_the_loops_phase_is_that_of_trainer_and_scorers(phase: str, want: str) -> None:
+    found = actor_phases(STATUS | {"phase": phase})
+    assert found["trainer rank 0"] == want and found["scorer 0"] == "idle"
+    assert actor_phases(STATUS | {"phase": "score"})["scorer 0"] == "scoring"
+
+
+def test_every_gauge_is_described_and_each_actor_is_in_one_phase() -> None:
+    values = gauges(STATUS, lambda key, total: total / 10)
+    assert {name for name, _ in values} == set(GAUGES)
+    for actor in actor_phases(STATUS):
+        assert sum(values["raysys_actor_phase", (("actor", actor), ("phase", phase))] for phase in PHASES) == 1
+    assert values["raysys_actor_tokens_per_second", (("actor", "rollout worker 0"),)] == 90.0
+    assert values["raysys_groups", (("state", "generating"),)] == 6.0 and values["raysys_queue_bytes", ()] == 4096.0
