@@ -25,7 +25,8 @@ from typing import Any, TypeVar
 from raysys import supervise
 from raysys.config.runs import Run
 from raysys.errors import ConfigError, InfrastructureError, RaysysError
-from raysys.ledger import Ledger, write_json
+from raysys.files import write_json
+from raysys.ledger import Ledger
 
 log = logging.getLogger("raysys")
 Kind = TypeVar("Kind", bound=Run)
@@ -68,6 +69,7 @@ def main(job: str, kind: type[Kind], argv: Sequence[str] | None = None) -> int:
                 lambda: resume_points(job, config),
                 lambda: pulse(run_folder(job, config)),
                 config.deadlines.heartbeat,
+                config.deadlines.start,
             )
         if supervise.attempt() is not None:
             supervise.die_with_parent()
@@ -291,6 +293,5 @@ def connect() -> None:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"cannot join Ray at RAY_ADDRESS={address}: {first}", "check the address and the token (RAY_AUTH_TOKEN_PATH)"
-        ) from None
+        kind = InfrastructureError if supervise.attempt() else ConfigError  # who was there before may be back in a moment
+        raise kind(f"cannot join Ray at RAY_ADDRESS={address}: {first}", "check the address and the token (RAY_AUTH_TOKEN_PATH)") from None

@@ -22,6 +22,7 @@ import yaml
 
 from raysys.config.base import Config
 from raysys.errors import CheckpointError, ConfigError
+from raysys.files import append_json, read_json_lines, sync, write_atomically, write_json
 
 if TYPE_CHECKING:
     from raysys.batch import Batch
@@ -106,9 +107,7 @@ class Ledger:
     def commit(self, step: int, ids: Sequence[str], version: int) -> None:
         """Records that `ids` were trained in `step` and that the weights now are `version`."""
         self.committed = step + 1
-        line = json.dumps({"step": step, "version": version, "ids": list(ids)})
-        with open(self.run_dir / "ledger" / "steps.jsonl", "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        append_json(self.run_dir / "ledger" / "steps.jsonl", {"step": step, "version": version, "ids": list(ids)})
 
     def checkpoint(self, step: int, trainer: Saves, source: Resumes) -> Path:
         """Publishes the resume point from which `step` is the next to run, then drops the oldest beyond `keep`."""
@@ -123,8 +122,9 @@ class Ledger:
             trainer.save(str(draft / "trainer"))
             return self._publish(step, draft, final, source)
         except OSError as error:
-            shutil.rmtree(draft, ignore_errors=True)
             raise CheckpointError(f"resume point {final} could not be written: {error}", "make room; the one before it is intact") from None
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)  # nothing, once it is published; else it would only help to keep a full disk full
 
     def _publish(self, step: int, draft: Path, final: Path, source: Resumes) -> Path:
         write_json(draft / "source.json", source.state())
@@ -133,10 +133,10 @@ class Ledger:
             backlog.save(draft / BACKLOG)
         files = {str(path.relative_to(draft)): path.stat().st_size for path in sorted(draft.rglob("*")) if path.is_file()}
         for name in files:
-            _sync(draft / name)
+            sync(draft / name)
         write_json(draft / MANIFEST, {"step": step, "version": step, "files": files})
         os.replace(draft, final)
-        _sync(final.parent)
+        sync(final.parent)
         for old in self._points()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
         return final
@@ -222,42 +222,6 @@ def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 def cut_lines(path: Path, step: int) -> None:
     """Keeps the JSON lines whose `step` is below `step` (for evaluations and samples: at most `step`); a torn last line goes too."""
-    if not path.is_file():
-        return
-    limit = step + 1 if path.name in ("evaluation.jsonl", "samples.jsonl") else step
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] < limit:
-            kept.append(line + "\n")
-    write_atomically(path, "".join(kept))
-
-
-def append_json(path: Path, record: Mapping[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(record, indent=1))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, never half of it."""
-    draft = path.with_name(f".{path.name}.draft")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if path.is_file():
+        limit = step + 1 if path.name in ("evaluation.jsonl", "samples.jsonl") else step
+        write_atomically(path, "".join(line + "\n" for line, record in read_json_lines(path) if record["step"] < limit))

@@ -79,8 +79,9 @@ def train(parts: Parts, *, steps: int, batch: int, max_age: int = 0, checkpoint_
     checkpoint) is timed into the next one's.
     """
     source, ledger, trainer = parts.source, parts.ledger, parts.trainer
-    if ledger.step == 0 and parts.evaluator.due(0):
-        parts.evaluator.run(0)
+    # Before the first step, and after a resume: a step on record is not evaluated again, but may say that the run was to stop there.
+    if parts.evaluator.due(ledger.step) and parts.evaluator.run(ledger.step):
+        return ledger.step
     watch = parts.watch
     watch.lap()
     for step in range(ledger.step, steps):

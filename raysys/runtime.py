@@ -50,7 +50,7 @@ def get(refs: Any, *, timeout: float, actor: str, operation: str, knob: str) -> 
         raise DeadlineError(actor, operation, timeout, knob) from None
     except ray.exceptions.RayTaskError as error:
         raise first_cause(error, actor, operation) from error
-    except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError) as error:
+    except ray.exceptions.RayError as error:  # the actor, its node, or what it gave is gone; also by Ray's own memory monitor
         raise InfrastructureError(f"{actor} died during '{operation}': {_first_line(error)}") from error
 
 
@@ -88,6 +88,13 @@ def dead_actor(error: BaseException | None) -> str:
         seen.add(id(error))
         error = getattr(error, "cause", None) or error.__cause__
     return ""
+
+
+def died(error: BaseException) -> bool:
+    """Whether an error of `get` says that a process or a node is gone, not that it answered with an error."""
+    cause = error.__cause__
+    gone = isinstance(cause, ray.exceptions.RayError) and not isinstance(cause, ray.exceptions.RayTaskError)
+    return gone or bool(dead_actor(error))
 
 
 def first_cause(error: BaseException, actor: str, operation: str) -> RaysysError:
@@ -139,6 +146,11 @@ def no_place(bundles: Sequence[dict[str, float]], what: str, timeout: float, how
     )
 
 
+def may_grow() -> bool:
+    """Whether something can add nodes to this cluster: Ray's cluster launcher and KubeRay, which both name the type of each node."""
+    return any("ray.io/node-group" in node["Labels"] for node in ray.nodes())
+
+
 def _sum(bundles: Sequence[dict[str, float]]) -> dict[str, float]:
     total: dict[str, float] = {}
     for bundle in bundles:
@@ -148,11 +160,9 @@ def _sum(bundles: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _plain(resources: Mapping[str, float]) -> dict[str, float]:
-    return {
-        name: amount
-        for name, amount in sorted(resources.items())
-        if name in ("CPU", "GPU") or not name.startswith(("node:", "memory", "object"))
-    }
+    """What people count in, without Ray's own names, of which each placement group brings several."""
+    own = ("node:", "memory", "object", "accelerator_type:")
+    return {name: amount for name, amount in sorted(resources.items()) if not name.startswith(own) and "_group_" not in name}
 
 
 class Stopwatch:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from raysys import pipeline
+from raysys.files import write_atomically, write_json
 from raysys.job import about, report
-from raysys.ledger import write_atomically, write_json
 from raysys.pipeline import Plan, Planned
 
 log = logging.getLogger("raysys")

@@ -25,8 +25,6 @@ ATTEMPT = "RAYSYS_ATTEMPT"
 TRY_AGAIN = 75
 """Exit code of an attempt that another one may better (EX_TEMPFAIL)."""
 _PAUSE_SECONDS = 1.0
-_BEGIN_SECONDS = 60.0
-"""Until its first beat an attempt may only be importing."""
 
 
 def attempt() -> int | None:
@@ -47,6 +45,7 @@ def supervise(
     progress: Callable[[], object],
     pulse: Callable[[], Path],
     silence: float,
+    begin: float = 60.0,
 ) -> int:
     """Runs `command` until it ends for good; returns its exit code.
 
@@ -56,11 +55,12 @@ def supervise(
         progress: anything that differs once a new resume point is there.
         pulse: file that an attempt touches while it is alive (`beating`).
         silence: seconds without that after which an attempt is killed.
+        begin: seconds until its first one: an attempt imports, reads its data and joins the cluster before it.
     """
     number, left, known = 0, restarts, progress()
     while True:
         child = subprocess.Popen(command, env=os.environ | {ATTEMPT: str(number)})
-        code = _wait(child, pulse, silence)
+        code = _wait(child, pulse, silence, max(silence, begin))
         if code not in (TRY_AGAIN, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
             return 128 - code if code < 0 else code
         now = progress()
@@ -93,15 +93,15 @@ def beating(pulse: Path) -> Iterator[None]:
         thread.join()
 
 
-def _wait(child: subprocess.Popen[bytes], pulse: Callable[[], Path], silence: float) -> int:
-    """The child's exit code. Signals to stop are its to answer."""
+def _wait(child: subprocess.Popen[bytes], pulse: Callable[[], Path], silence: float, limit: float) -> int:
+    """The child's exit code. Signals to stop are its to answer. `limit` is the first beat's, `silence` that of each later one."""
 
     def pass_on(signum: int, frame: object) -> None:
         if child.poll() is None:
             child.send_signal(signum)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
-    known, heard, limit = _touched(pulse()), time.monotonic(), max(silence, _BEGIN_SECONDS)
+    known, heard = _touched(pulse()), time.monotonic()
     try:
         while True:
             try:
@@ -111,7 +111,8 @@ def _wait(child: subprocess.Popen[bytes], pulse: Callable[[], Path], silence: fl
             if now != known:
                 known, heard, limit = now, time.monotonic(), silence
             elif time.monotonic() - heard > limit:
-                log.error("the run's driver has shown no sign of life for %g s (deadlines.heartbeat) and is killed", limit)
+                knob = "deadlines.heartbeat" if limit == silence else "deadlines.start"
+                log.error("the run's driver has shown no sign of life for %g s (%s) and is killed", limit, knob)
                 child.kill()
     finally:
         for number, handler in before.items():

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from raysys.batch import Batch, Ragged
+from raysys.files import append_json
 
 
 class Killed(BaseException):
@@ -92,8 +93,7 @@ class FileMetrics:
         self._path = folder / "metrics.jsonl"
 
     def write(self, record: dict[str, Any]) -> None:
-        with open(self._path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_json(self._path, record)
 
 
 class FakePool:

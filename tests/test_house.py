@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "raysys"
 
 ROOMS = {"data", "rollout", "scoring", "training", "weights"}
-LOW = {"methods", "models", "config", "batch", "runtime", "errors", "tasks"}
+LOW = {"methods", "models", "config", "batch", "runtime", "errors", "files", "tasks"}
 FREE = {
     *("loop", "wiring", "studies", "compression", "cli", "plan", "doctor", "submit", "stages", "pipeline", "job", "jobs"),
     *("watching", "supervise", "supervised", "compare", "colocate", "checks"),
@@ -23,6 +23,7 @@ FREE = {
 
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "files": {"errors"},
     "methods": set(),
     "config": {"errors"},
     "batch": {"errors"},
@@ -30,9 +31,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "head": {"errors"},
     "tasks": {"errors"},
     "models": {"config", "errors", "methods", "runtime", "batch"},
-    "ledger": {"config", "errors", "batch", "runtime"},
-    "evaluation": {"config", "batch", "errors", "runtime"},
-    "report": {"config", "batch", "errors", "runtime"},
+    "ledger": {"config", "errors", "files", "batch", "runtime"},
+    "evaluation": {"config", "batch", "errors", "files", "runtime"},
+    "report": {"config", "batch", "errors", "files", "runtime"},
     **dict.fromkeys(ROOMS, LOW),
 }
 

@@ -125,6 +125,68 @@ def test_a_full_disk_stops_the_run_and_leaves_the_resume_point_before(tmp_path: 
     assert again.weight == calm.weight and records(tmp_path / "hit") == records(tmp_path / "calm")
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "ledger/steps.jsonl"])
+def test_a_line_that_cannot_be_written_is_one_clear_error(tmp_path: Path, name: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    calm, _ = launch(tmp_path / "calm")
+    with pytest.raises(Killed):
+        launch(tmp_path / "hit", die_in="step", die_at=5)
+    path = tmp_path / "hit" / name
+    kept = path.read_text()
+    whole, opened = Ledger._roll_back, []
+
+    def filled(ledger: Ledger) -> None:
+        whole(ledger)
+        opened.append(path.read_text())
+        path.unlink()
+        path.symlink_to("/dev/full")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(CheckpointError, match=rf"{name} could not be written: .*No space left"):
+        patch.setattr(Ledger, "_roll_back", filled)
+        launch(tmp_path / "hit")
+    path.unlink()
+    path.write_text(opened[0])
+    again, _ = launch(tmp_path / "hit")
+    assert len(kept) > len(opened[0]) and again.weight == calm.weight and records(tmp_path / "hit") == records(tmp_path / "calm")
+
+
+class Stops(NoEvaluation):
+    """An evaluator that says stop at one step, also when it is asked again."""
+
+    def __init__(self, at: int):
+        self._at = at
+
+    def due(self, step: int) -> bool:
+        return step % 2 == 0
+
+    def run(self, step: int) -> bool:
+        return step == self._at
+
+
+def test_a_run_that_was_told_to_stop_stays_stopped_when_it_is_killed_before_its_end(tmp_path: Path) -> None:
+    trainer = FakeTrainer()
+    for _ in range(2):  # the second as after a kill between the last resume point and the export
+        ledger = Ledger(tmp_path, GopdConfig.load(None, KEYS))
+        source = FakeSource(trainer)
+        parts = Parts(source, FakeScorers(), FakeObjective(), trainer, FakeWeights(), ledger, Stops(4), FileMetrics(tmp_path))
+        assert train(parts, steps=7, batch=3, checkpoint_every=3) == 4 and trainer.steps == 4
+        ledger.close()
+    assert len(records(tmp_path)) == 4
+
+
+def test_texts_with_odd_line_ends_survive_a_resume(tmp_path: Path) -> None:
+    from raysys.files import append_json, read_json_lines
+    from raysys.ledger import cut_lines
+
+    text = "a\u2028b\u0085c\u2029d"
+    for step in range(3):
+        append_json(tmp_path / "samples.jsonl", {"step": step, "text": text})
+    (tmp_path / "samples.jsonl").open("a").write('{"step": 3, "te')
+    cut_lines(tmp_path / "samples.jsonl", 1)
+    assert [record for _, record in read_json_lines(tmp_path / "samples.jsonl")] == [{"step": step, "text": text} for step in range(2)]
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     config = GopdConfig.load(None, KEYS)
     first = Ledger(tmp_path, config)

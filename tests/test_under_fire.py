@@ -181,3 +181,20 @@ def test_samples_that_are_too_old_are_drawn_again_and_counted() -> None:
         f"p{row}@0" for row in range(3 * BATCH)
     )
     assert later.ragged("version_spans").values.tolist() == [0, 5] * 4 * BATCH
+
+
+def test_a_prompt_that_dies_while_a_resume_point_is_written_is_in_its_backlog() -> None:
+    from raysys.rollout.results import Result
+
+    dice = random.Random(0)
+    pool = FakePool(dice.randrange)
+    letters: list[dict[str, object]] = []
+    source = OnPolicySource(FakePrompts(), pool, 2, Sampling(max_tokens=4, seed=0), dead_letter=letters.append, max_dead_letters=9)  # type: ignore[arg-type]
+    source.take(BATCH, 2)
+    state = source.state()
+    (ticket, group), *_ = source._of_ticket.items()
+    source._inbox.append(Result(ticket, None, 0, ("died",), True))
+    backlog, prompt = source.backlog(), group.prompts.strings("prompt_id")[0]
+    assert backlog is not None and prompt in backlog.strings("prompt_id") and not letters and state["dead"] == 0
+    source.take(BATCH, 2)
+    assert [letter["prompt_id"] for letter in letters] == [prompt], "and it is buried when the loop goes on"

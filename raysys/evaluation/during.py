@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from raysys.batch import Batch
 from raysys.evaluation.accuracy import EvaluationResult, run_evaluation
+from raysys.files import append_json, read_json_lines, write_json
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Evaluator:
         self._folder, self._steps, self._every, self._samples = folder, steps, every, samples
         self._stop_at, self._export, self._before, self._told = dict(stop_at or {}), export, before, told
         self._examples, self._label, self._facts = examples, label, dict(facts or {})
-        known = _lines(folder / "evaluation.jsonl")
+        known = [record for _, record in read_json_lines(folder / "evaluation.jsonl")]
         self._done = {record["step"]: record for record in known if label is None or record["label"] == label}
         self._best = max((record["mean"] for record in self._done.values() if record["step"] > 0), default=-1.0)
 
@@ -78,16 +78,16 @@ class Evaluator:
         record = (
             {"step": step, "label": label, "mean": mean_accuracy(facts)} | self._facts | {k: v for k, v in facts.items() if k != "examples"}
         )
-        _append(self._folder / "evaluation.jsonl", record)
+        append_json(self._folder / "evaluation.jsonl", record)
         for example in facts["examples"]:
-            _append(self._folder / "samples.jsonl", {"step": step, "label": label} | example)
+            append_json(self._folder / "samples.jsonl", {"step": step, "label": label} | example)
         self._done[step] = record
         self._told(f"evaluation {label}: " + "  ".join(f"{name} {domain['mean']:.3f}" for name, domain in facts["domains"].items()))
         if self._export is not None and step > 0 and record["mean"] > self._best:
             self._best = record["mean"]
             best = self._folder / "checkpoints" / "best"
             self._export(str(best))
-            (best / "best.json").write_text(json.dumps({"step": step, "mean": record["mean"]}))
+            write_json(best / "best.json", {"step": step, "mean": record["mean"]})
 
 
 class NoEvaluation:
@@ -104,12 +104,3 @@ def mean_accuracy(facts: Mapping[str, Any]) -> float:
     """Mean over domains, each counted once."""
     means = [domain["mean"] for domain in facts["domains"].values()]
     return sum(means) / len(means) if means else 0.0
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def _append(path: Path, record: Mapping[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")

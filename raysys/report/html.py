@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from raysys.files import read_json_lines
 from raysys.report import charts
 
 _SECRET = re.compile(r"(^|_)(secret|password|passwd|credential|credentials|api_key|access_key|auth_token|token)$", re.IGNORECASE)
@@ -178,12 +179,4 @@ def _json(path: Path) -> Any:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:  # a killed run may leave half a line
-            continue
-    return found
+    return [record for _, record in read_json_lines(path)]

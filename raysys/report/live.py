@@ -47,13 +47,13 @@ class Live:
 
     def show(self) -> None:
         """Once. What cannot be written is left out: watching must never end a run."""
-        status = self._status()
         facts = {"pid": os.getpid(), "host": socket.gethostname(), "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         draft = self._path.with_name(f".{FILE}.draft")
         try:
+            status = self._status()
             draft.write_text(json.dumps(facts | status, indent=1))
             os.replace(draft, self._path)
-        except OSError:
+        except (OSError, RuntimeError):  # a full disk; or a dictionary that grew while it was counted
             return
         self._set(gauges(status, self._rate))
 

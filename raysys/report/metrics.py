@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import logging
 import math
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from raysys.files import append_json
+
+log = logging.getLogger(__name__)
 
 SHOWN_NOWHERE = ("step", "seconds", "fingerprint")
 
@@ -24,6 +30,7 @@ class MetricsWriter:
         self._path, self._tags = run_dir / "metrics.jsonl", {"job": job, "run": run}
         self._board_dir = run_dir / "tensorboard"
         self._board: Any = None
+        self._no_board = False
         self._gauges: dict[str, Any] = {}
 
     def __enter__(self) -> MetricsWriter:
@@ -31,26 +38,39 @@ class MetricsWriter:
 
     def __exit__(self, *exc: object) -> None:
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends the record; floats keep every bit, non-finite ones become null."""
+        """Appends the record; floats keep every bit, non-finite ones become null. Raises CheckpointError where it cannot be written."""
         clean = {key: _finite(value) for key, value in record.items()}
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+        append_json(self._path, clean)
         numbers = {key: float(value) for key, value in clean.items() if _is_number(value) and key not in SHOWN_NOWHERE}
         numbers |= {f"seconds/{phase}": value for phase, value in (clean.get("seconds") or {}).items()}
         self._to_board(numbers, int(clean["step"]))
         self._to_ray(numbers | {"step": clean["step"]})
 
     def _to_board(self, numbers: Mapping[str, float], step: int) -> None:
-        if self._board is None:
-            from tensorboardX import SummaryWriter
+        """Written and flushed here: tensorboardX's own way is a thread and a queue, and a full disk ends the one and blocks the other."""
+        from tensorboardX.event_file_writer import EventsWriter, event_pb2
+        from tensorboardX.summary import scalar
 
-            # What a killed run wrote beyond its resume point is hidden by the purge.
-            self._board = SummaryWriter(str(self._board_dir), purge_step=step, flush_secs=5)
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+        if self._no_board:
+            return
+        protocol: Any = event_pb2
+        try:
+            if self._board is None:
+                self._board_dir.mkdir(exist_ok=True)
+                self._board = EventsWriter(str(self._board_dir / "events"))
+                # What a killed run wrote beyond its resume point is hidden by this.
+                begun = protocol.SessionLog(status=protocol.SessionLog.START)
+                self._board.write_event(protocol.Event(step=step, wall_time=time.time(), session_log=begun))
+            for name, value in numbers.items():
+                self._board.write_event(protocol.Event(step=step, wall_time=time.time(), summary=scalar(name, value)))
+            self._board.flush()
+        except OSError as error:
+            self._board, self._no_board = None, True
+            log.warning("TensorBoard's file in %s could not be written: %s; metrics.jsonl goes on", self._board_dir, error)
 
     def _to_ray(self, numbers: Mapping[str, float]) -> None:
         import ray

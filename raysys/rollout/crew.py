@@ -89,6 +89,7 @@ class Crew:
         member.version = version
         if member.state == "started":
             member.enter("ready", now)
+            member.idle_since = now
             self._books.join(member.name, self._config.max_sequences, int(member.facts.get("kv_tokens") or 2**40))
 
     def sampled(self) -> None:
@@ -99,12 +100,13 @@ class Crew:
         """Gives a worker up; what it had goes to others, and another takes its place.
 
         Raises:
-            InfrastructureError: more than `rollout.restarts` were lost with no sample in between.
+            InfrastructureError: more than `rollout.restarts` that never gave a sample were lost with no sample in between.
         """
         if member not in self.members:
             return
         self.lost += 1
-        self._strikes.append(f"{member.name}: {cause}")
+        if not member.finished:  # who worked until now was lost to something else, such as its node with all that were there
+            self._strikes.append(f"{member.name}: {cause}")
         held = len(self._books.workers[member.name].held) if member.name in self._books.workers else 0
         log.warning("%s is lost: %s; %d samples go to others", member.name, cause, held)
         self._dismiss(member, cause, time.monotonic())
@@ -119,7 +121,7 @@ class Crew:
         """What passes with time: room appears, starts take too long, workers fall silent or have nothing to do."""
         if now - self._tended > _STOOD_STILL_SECONDS:  # this process itself stood still: nobody could be heard
             for member in self.members:
-                member.beat = now
+                member.beat = min(now, member.beat + now - self._tended)
         self._tended = now
         self.hire()
         for member in list(self.members):
@@ -158,8 +160,9 @@ class Crew:
             if not self.started or not self.up:
                 raise missing
             if not member.mourned:
-                log.warning("still %s", missing.message)
-            member.mourned = True
+                log.warning("still %s; %s. The run goes on without them", missing.message, missing.remedy)
+            for other in self.members:  # one line for all that are missing, not one each
+                other.mourned = other.mourned or other.state == "placing"
 
     def _spare(self, member: Member, now: float) -> bool:
         if self._books.workers[member.name].held:

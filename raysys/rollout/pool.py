@@ -102,7 +102,8 @@ class RolloutPool:
     @property
     def workers(self) -> list[Member]:
         """Those that are up, with or without weights."""
-        return self._crew.up
+        with self._changed:
+            return self._crew.up
 
     @property
     def lost(self) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from raysys.batch import Batch
 from raysys.errors import ConfigError, DataError
+from raysys.files import writing
 
 
 class Takes(Protocol):
@@ -35,7 +36,9 @@ class Recorder:
 
     def take(self, batch: int, max_age: int) -> Batch:
         samples = self._source.take(batch, max_age)
-        samples.save(file_of(self._folder, self._step))
+        path = file_of(self._folder, self._step)
+        with writing(path):
+            samples.save(path)
         self._step += 1
         return samples
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,9 @@ class Serving:
         prompts = zip(tickets, rows.ragged("prompt_ids").rows(), rows.strings("prompt_id"), rows.numbers("sample"), strict=True)
         self._empty.clear()
         for ticket, ids, prompt, sample in prompts:
-            self._tasks[ticket] = asyncio.create_task(self._serve(ticket, ids, sampling, sampling.seed_of(prompt, int(sample))))
+            task = asyncio.create_task(self._serve(ticket, ids, sampling, sampling.seed_of(prompt, int(sample))))
+            self._tasks[ticket] = task
+            task.add_done_callback(functools.partial(self._ended, ticket))
 
     async def collect(self, wait: float, linger: float = 0.05) -> Harvest:
         """What is finished: at once when all is, else what comes in the `linger` seconds after the first, else nothing after `wait`."""
@@ -121,11 +124,14 @@ class Serving:
             self._failed.append(Failure(ticket, error.message, retry=isinstance(error, InfrastructureError)))
         except Exception as error:  # not foreseen: another worker may do better, and the pool counts how often
             self._failed.append(Failure(ticket, f"{type(error).__name__}: {error}"[:300], retry=True))
-        finally:
+
+    def _ended(self, ticket: int, task: asyncio.Task[None]) -> None:
+        """Also of a task that was cancelled before it began; and the ticket may have come again while an aborted one was ending."""
+        if self._tasks.get(ticket) is task:
             del self._tasks[ticket]
-            if not self._tasks:
-                self._empty.set()
-            self._news.set()
+        if not self._tasks:
+            self._empty.set()
+        self._news.set()
 
     def _count(self, change: int) -> None:
         now = time.monotonic()

@@ -115,7 +115,7 @@ class OnPolicySource:
 
     def backlog(self) -> Batch | None:
         """What was drawn from the prompts and is not trained: finished samples whole, the others without their response columns' values."""
-        self._sort_mail()
+        self._sort_mail(bury=False)
         groups = [group.prompts for _, group in sorted(self._groups.items())]
         if not groups:
             return None
@@ -156,7 +156,7 @@ class OnPolicySource:
 
     def status(self) -> dict[str, int]:
         """Groups under way and complete, and the bytes of what is finished."""
-        complete = sum(group.ready > 0 for group in self._groups.values())
+        complete = sum(group.ready > 0 for group in list(self._groups.values()))
         return {"groups": len(self._groups), "complete": complete, "bytes": self._bytes()}
 
     # -- inside
@@ -194,11 +194,18 @@ class OnPolicySource:
         group.tickets[ticket] = row
         self._of_ticket[ticket] = group
 
-    def _sort_mail(self) -> bool:
-        """Results to their groups; True if a group died and another prompt is to take its place."""
-        died = False
+    def _sort_mail(self, bury: bool = True) -> bool:
+        """Results to their groups; True if a group died and another prompt is to take its place.
+
+        Without `bury` the dead stay in the inbox: a resume point that is being written already counts their prompts as drawn, so they
+        must be in its backlog.
+        """
+        died, later = False, []
         while self._inbox:
             result = self._inbox.popleft()
+            if result.rows is None and not bury:
+                later.append(result)
+                continue
             group = self._of_ticket.pop(result.ticket, None)
             if group is None or group.seq not in self._groups:
                 continue
@@ -209,6 +216,7 @@ class OnPolicySource:
             else:
                 group.results[row] = result
                 self._settle(group)
+        self._inbox.extend(later)
         return died
 
     def _settle(self, group: Group) -> None:
@@ -271,7 +279,10 @@ class OnPolicySource:
 
     def _bytes(self) -> int:
         sizes = {
-            id(result.rows): result.rows.table.nbytes for group in self._groups.values() for result in group.results.values() if result.rows
+            id(result.rows): result.rows.table.nbytes
+            for group in list(self._groups.values())  # copies: another thread counts too, for people
+            for result in list(group.results.values())
+            if result.rows
         }
         return sum(sizes.values())
 

@@ -122,7 +122,10 @@ class RolloutWorker(Serving):
                 await self._engine.get_weight_version()
 
     def refusal(self, version: int) -> str:
-        return f"rollout worker {self._rank} does not generate: {self._quarantined}" if self._quarantined else super().refusal(version)
+        """An update that goes on is no reason: what comes meanwhile waits at the gate."""
+        if self._quarantined and self._quarantined != _UNFINISHED:
+            return f"rollout worker {self._rank} does not generate: {self._quarantined}"
+        return super().refusal(version)
 
     async def _request(self, ids: Any, params: Any) -> Any:
         self._requests += 1

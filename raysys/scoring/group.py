@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raysys.batch import Batch, Ragged
 from raysys.config.parts import Deadlines, Scoring
 from raysys.errors import DeadlineError, InfrastructureError
-from raysys.runtime import compute_environment, dead_actor, get, reserve
+from raysys.runtime import compute_environment, died, get, reserve
 from raysys.scoring.routing import route, shard
 from raysys.scoring.scorer import ScorerSpec, ScorerWorker
 
@@ -121,17 +121,21 @@ class ScorerGroup:
         """A rank's answer; when it dies or hangs, that of the actor which takes its place: scoring twice gives the same twice."""
         for left in reversed(range(self._config.retries + 1)):
             try:
+                ref = ref or self._replaced(rank).score.remote(*part)
                 return get(ref, timeout=self._deadlines.score, actor=f"scorer {rank}", operation="score a batch", knob="deadlines.score")
             except InfrastructureError as error:
-                if not left or not (isinstance(error, DeadlineError) or dead_actor(error)):
+                if not left or not (isinstance(error, DeadlineError) or died(error)):
                     raise
                 log.warning("%s; another takes its place", error.message)
-                self.lost += 1
-                ray.kill(self._workers[rank])
-                self._workers[rank] = self._actor(rank, self._bundle)
-                self._loaded([self._workers[rank].start.remote()])
-                ref = self._workers[rank].score.remote(*part)
+                self.lost, ref = self.lost + 1, None
         raise AssertionError("the last try returns or raises")
+
+    def _replaced(self, rank: int) -> Any:
+        """A new actor in the place of a dead or hung one, with its models loaded."""
+        ray.kill(self._workers[rank])
+        self._workers[rank] = self._actor(rank, self._bundle)
+        self._loaded([self._workers[rank].start.remote()])
+        return self._workers[rank]
 
     @property
     def _bundle(self) -> dict[str, float]:

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +33,33 @@ def layout(engine: Engine) -> dict[str, Any]:
 
 
 def save(engine: Engine, folder: Path) -> None:
-    """Writes this rank's part. Collective; complete on every rank when it returns on one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    engine.engine.save_checkpoint(str(folder), tag=TAG, client_state={}, save_latest=False)
-    torch.save(_random_states(), folder / _random_file(engine.rank))
+    """Writes this rank's part. Collective; complete on every rank when it returns on one.
+
+    Raises:
+        CheckpointError: the disk does not take it.
+    """
+    with _full_disks(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        engine.engine.save_checkpoint(str(folder), tag=TAG, client_state={}, save_latest=False)
+        torch.save(_random_states(), folder / _random_file(engine.rank))
     dist.barrier()
     if engine.rank == 0:
-        (folder / LAYOUT).write_text(json.dumps({"layout": layout(engine), "step": engine.step_index, "updates": engine.updates}))
+        with _full_disks(folder):
+            (folder / LAYOUT).write_text(json.dumps({"layout": layout(engine), "step": engine.step_index, "updates": engine.updates}))
     dist.barrier()
+
+
+@contextmanager
+def _full_disks(folder: Path) -> Iterator[None]:
+    """torch's writer says of a full disk that a position is not what it should be, as a RuntimeError like that of a lost peer."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        first = str(error).partition("\n")[0]
+        if isinstance(error, OSError) or "inline_container" in first or "PytorchStreamWriter" in first:
+            free = shutil.disk_usage(folder).free >> 20
+            raise CheckpointError(f"{folder} could not be written ({free} MiB are free there): {first}", "make room") from None
+        raise
 
 
 def load(engine: Engine, folder: Path) -> None:

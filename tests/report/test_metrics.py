@@ -7,6 +7,8 @@ import json
 import math
 from pathlib import Path
 
+import pytest
+
 from raysys.report.metrics import MetricsWriter
 from raysys.report.progress import Progress, duration, line
 
@@ -40,3 +42,28 @@ def test_a_log_gets_the_first_and_last_step_and_few_between() -> None:
     for step in range(50):
         progress.show({"step": step})
     assert [text.split()[1] for text in stream.getvalue().splitlines()] == ["1/50", "50/50"]
+
+
+def test_a_board_that_cannot_be_written_is_given_up_and_the_records_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with MetricsWriter(tmp_path, "gopd", "one") as writer:
+        writer.write(RECORD)
+        (board,) = (tmp_path / "tensorboard").iterdir()
+        with open("/dev/full", "wb", buffering=0) as full:
+            writer._board._py_recordio_writer._writer = full
+            writer.write(RECORD | {"step": 12})
+        writer.write(RECORD | {"step": 13})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3 and board.stat().st_size > 100
+    assert caplog.text.count("could not be written") == 1 and "metrics.jsonl goes on" in caplog.text
+
+
+def test_the_board_holds_what_the_records_hold(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsWriter(tmp_path, "gopd", "one") as writer:
+        writer.write(RECORD)
+    with MetricsWriter(tmp_path, "gopd", "one") as writer:  # resumed at the same step: what was beyond is hidden
+        writer.write(RECORD | {"loss": 2.0})
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert [(event.step, event.value) for event in read.Scalars("loss")] == [(11, 2.0)]
+    assert {"reverse_kl", "seconds/train"} <= set(read.Tags()["scalars"])

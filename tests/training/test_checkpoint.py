@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raysys.errors import CheckpointError
+from raysys.training import checkpoint as checkpoints
 from raysys.training import export as exports
 from tests.training import work
 from tests.training.work import gopd_batch, spec, train
@@ -130,3 +131,12 @@ def test_a_large_export_is_cut_into_files(pair, models, tmp_path):
     assert len(set(files.values())) > 3
     mine, source = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (folder, models["untied"]))
     assert_close(mine, {name: tensor.numpy() for name, tensor in source.items()}, 0)
+
+
+def test_a_full_disk_is_told_from_a_lost_peer(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    with pytest.raises(CheckpointError, match=r"could not be written \(\d+ MiB are free there\)"), checkpoints._full_disks(tmp_path):
+        torch.save(torch.zeros(10**6), "/dev/full")
+    with pytest.raises(RuntimeError, match="Connection closed"), checkpoints._full_disks(tmp_path):
+        raise RuntimeError("[gloo] Connection closed by peer")
