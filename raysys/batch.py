@@ -197,6 +197,17 @@ class Bucket:
     data: np.ndarray
 
 
+UNDER_WAY = 2
+"""Buckets of a push that exist at the same time: one is read while the next is packed."""
+
+
+@dataclass(frozen=True)
+class Placed(Bucket):
+    """A bucket whose bytes stay in a file of its node's shared memory (`raysys.memory`) until the next but one is packed; no `data`."""
+
+    path: str
+
+
 def _array(name: str, values: Any) -> pa.Array:
     kind = SCHEMA.get(name)
     if kind is None:

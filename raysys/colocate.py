@@ -1,7 +1,8 @@
 """Trainer and engines on the same GPUs, in turns: the engines sleep while the trainer works, and wake for its new weights.
 
 For small clusters and `max_age=0`, where half of the GPUs would wait for the other half anyway. On CPU nothing sleeps and the turns
-cost nothing. What the trainer keeps on the GPU while the engines work stays there: `rollout.gpu_memory_utilization` must leave room.
+cost nothing. What the trainer keeps on the GPU while the engines work stays there (weights and optimiser, not activations):
+`rollout.gpu_memory_utilization` must leave room.
 """
 
 from __future__ import annotations
@@ -19,17 +20,29 @@ SHARE = 0.5
 
 
 def lodger(trainer: TrainerGroup) -> type[Member]:
-    """A pool member that lives in the trainer's placement group: engine i where rank i is."""
+    """A pool member that lives in the trainer's placement group, beside a rank of its own: `place` says which."""
+    taken: set[int] = set()
 
     class Lodger(Member):
+        place = -1
+
         def _reserve(self) -> Any:
             return trainer.placement
 
+        def placed(self, now: float) -> bool:
+            """Whether there is a rank without an engine; whoever follows a lost one waits until that is gone."""
+            free = [rank for rank in range(trainer.config.ranks) if rank not in taken]
+            if free:
+                self.place = free[0]
+                taken.add(self.place)
+            return bool(free)
+
         def _place(self) -> tuple[int, float]:
-            return self.rank % trainer.config.ranks, SHARE if self._gpus else 0.0
+            return self.place, SHARE if self._gpus else 0.0
 
         def _free(self) -> None:
-            """The place is the trainer's."""
+            """The room is the trainer's; the place beside its rank can be had again."""
+            taken.discard(self.place)
 
     return Lodger
 
@@ -42,7 +55,9 @@ class TurningTrainer:
 
     def step(self, batch: Batch) -> dict[str, float]:
         self._pool.each("sleep")
-        return self._trainer.step(batch)
+        metrics = self._trainer.step(batch)
+        self._trainer.release_cache()
+        return metrics
 
     def save(self, folder: str) -> None:
         self._trainer.save(folder)

@@ -31,13 +31,14 @@ from raysys.rollout.pool import RolloutPool
 from raysys.rollout.recorded import Recorder, Replay, Takes
 from raysys.rollout.source import OnPolicySource
 from raysys.rollout.spec import RolloutSpec, Sampling
-from raysys.runtime import get
+from raysys.runtime import get, may_grow
 from raysys.scoring.group import ScorerGroup
 from raysys.scoring.verifiers import score
 from raysys.supervised import DataSource, NoPush, NoScorers
 from raysys.training.group import TrainerGroup
 from raysys.training.objectives import GopdObjective, Objective, SftObjective
 from raysys.watching import Usage, status
+from raysys.weights.ipc import IpcReceiver
 from raysys.weights.nccl import NcclReceiver
 from raysys.weights.push import Pusher
 from raysys.weights.receive import SharedMemoryReceiver
@@ -56,12 +57,14 @@ class Hardware:
 
     @classmethod
     def choose(cls, config: Run, wanted_dtype: str, gpus_needed: int) -> Hardware:
-        """Picks GPU or CPU. Raises ConfigError when the run asks for more GPUs than the cluster has."""
+        """Picks GPU or CPU. Raises ConfigError when the run asks for more GPUs than the cluster has and it cannot grow."""
         import ray
 
         have = int(ray.cluster_resources().get("GPU", 0))
         device = ("gpu" if have else "cpu") if config.device == "auto" else config.device
-        if device == "gpu" and gpus_needed > have:
+        if config.device == "auto" and not have and may_grow():
+            log.warning("no node has a GPU now, so the run takes CPUs; device=gpu would wait for the nodes that this cluster can add")
+        if device == "gpu" and gpus_needed > have and not may_grow():
             raise ConfigError(
                 f"the run needs {gpus_needed} GPUs, the cluster has {have} "
                 "(rollout.workers x rollout.tensor_parallel + scoring.ranks + trainer.ranks)",
@@ -244,7 +247,7 @@ def _pool(
         log_dir=str(folder),
         config=config.rollout,
         sleeps=getattr(config, "colocate", False),
-        receiver=NcclReceiver if _broadcasts(config, hardware) else SharedMemoryReceiver,
+        receiver=_receiver(config, hardware),
     )
     return RolloutPool(config.rollout, spec, config.deadlines, member=member)
 
@@ -266,14 +269,14 @@ def _trainer(config: GopdConfig | SftConfig, student: str, objective: Objective,
     )
 
 
-def _broadcasts(config: Any, hardware: Hardware) -> bool:
-    """Whether weights go from GPU to GPU. Raises ConfigError when that is asked for without GPUs."""
+def _receiver(config: Any, hardware: Hardware) -> type[SharedMemoryReceiver]:
+    """How engines take weights. Raises ConfigError for a way from GPU to GPU without GPUs."""
     weights = getattr(config, "weights", None)
-    if weights is None or weights.backend != "nccl":
-        return False
+    if weights is None or weights.backend not in ("nccl", "ipc"):
+        return SharedMemoryReceiver
     if hardware.device != "gpu":
-        raise ConfigError("weights.backend=nccl needs GPUs", "use auto or shared_memory")
-    return True
+        raise ConfigError(f"weights.backend={weights.backend} needs GPUs", "use auto or shared_memory")
+    return NcclReceiver if weights.backend == "nccl" else IpcReceiver
 
 
 def _pusher(config: GopdConfig | SftConfig, trainer: TrainerGroup, pool: RolloutPool, student: str) -> Pusher:

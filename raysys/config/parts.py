@@ -165,10 +165,20 @@ class Trainer(Config):
 class Weights(Config):
     """How weights go from trainer to engines and how their arrival is proved."""
 
-    backend: Literal["auto", "shared_memory", "nccl"] = placed("auto")
+    backend: Literal["auto", "shared_memory", "nccl", "ipc"] = placed("auto")
+    """shared_memory: through the host, anywhere. nccl: from the trainer's GPU to the engines' own. ipc: on the GPU that they share
+    (colocate=true). auto: shared_memory, also where ipc could be, for ipc has not been proved on a GPU yet."""
     bucket_mib: PositiveInt = placed(256)
+    """With ipc two buckets of it lie on the GPU during a push."""
     parity_tolerance: PositiveFloat | None = None
     """Largest allowed log-prob gap between trainer and engine on the probe; null: 1e-3 in float32, 0.25 in bfloat16."""
+
+    def check(self, colocate: bool) -> None:
+        """Raises ValueError for a backend that cannot reach engines which share their GPU with the trainer, or do not."""
+        if self.backend == "ipc" and not colocate:
+            raise ValueError("weights.backend=ipc hands weights over inside a GPU and needs colocate=true; else use nccl or auto")
+        if self.backend == "nccl" and colocate:
+            raise ValueError("weights.backend=nccl needs a GPU for each of its ranks, colocate=true shares them: use ipc or auto")
 
 
 class Deadlines(Config):

@@ -100,6 +100,7 @@ class GopdConfig(Run):
                 f"colocate=true puts one engine beside each trainer rank: set rollout.workers={self.trainer.ranks} (trainer.ranks) "
                 f"and rollout.tensor_parallel=1, got {self.rollout.workers} and {self.rollout.tensor_parallel}"
             )
+        self.weights.check(self.colocate)
         if self.rollout.replay and self.evaluation is not None:
             raise ValueError("rollout.replay starts no engine, and evaluation needs one; set evaluation=null")
         if self.batch * self.samples < self.trainer.mini_batches:
@@ -156,6 +157,7 @@ class SftConfig(Run):
             raise ValueError("evaluate_every and stop_at need evaluation; give evaluation.data")
         if self.stop_at and self.evaluate_every is None:
             raise ValueError("stop_at needs evaluate_every")
+        self.weights.check(colocate=False)
         return self
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from raysys import memory
 from raysys.batch import Bucket
 from raysys.errors import DataError, InfrastructureError, RaysysError, WeightSyncError
 from raysys.rollout.engine import chatter_to, children, end, engine_arguments, revision, stop_ids
@@ -67,6 +68,7 @@ class RolloutWorker(Serving):
             "revision": revision(self._spec.model),
             "pid": os.getpid(),
             "vocabulary": int(self._engine.model_config.get_vocab_size()),
+            "memory": memory.whose(),
             "kv_tokens": int(cache.num_gpu_blocks * cache.block_size),
         }
 

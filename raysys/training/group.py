@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raysys.batch import Batch, Ragged
 from raysys.config.parts import Deadlines, Trainer
 from raysys.errors import ConfigError, DataError, DeadlineError, InfrastructureError, RaysysError
-from raysys.runtime import compute_environment, get, reserve
+from raysys.runtime import compute_environment, died, get, reserve
 from raysys.training.objectives import Objective
 from raysys.training.spec import Share, Tally, TrainerSpec
 from raysys.training.split import split
@@ -23,6 +23,7 @@ from raysys.training.worker import TrainerWorker
 
 # A rank that dies takes the others' collectives down with it; theirs is often the first error to arrive, and never the cause.
 _GRACE_SECONDS = 5.0
+_PARTING_SECONDS = 2.0
 
 
 class TrainerGroup:
@@ -64,7 +65,7 @@ class TrainerGroup:
         self.config, self._deadlines, self._objective = config, deadlines, objective
         self.spec = TrainerSpec(config, model, objective, learning_rate, steps, seed, temperature, device, dtype, log_dir)
         self.workers: list[Any] = []
-        self._share = share
+        self._share, self._has_placed = share, False
         self.placement: PlacementGroup | None = None
 
     def __enter__(self) -> TrainerGroup:
@@ -168,12 +169,20 @@ class TrainerGroup:
         plans = self._all("bucket_plan", [(max_bytes,)] * self.config.ranks, self._deadlines.push, "plan a weight push", "deadlines.push")
         return plans[0]
 
-    def gather_bucket(self, index: int) -> Any:
+    def memory(self) -> str:
+        """Which shared memory rank 0 sees; see `raysys.memory.whose`."""
+        return get(
+            self.workers[0].memory.remote(), timeout=self._deadlines.push, actor="trainer rank 0", operation="look", knob="deadlines.push"
+        )
+
+    def gather_bucket(self, index: int, in_place: bool = False) -> Any:
         """Object ref of bucket `index` (`raysys.batch.Bucket`) of the last plan; its bytes do not come to the driver.
 
-        With several ranks it is complete on return, and what went wrong is raised here.
+        With several ranks it is complete on return, and what went wrong is raised here. With `in_place` it only says where its bytes
+        are in rank 0's shared memory, and they stay there until `UNDER_WAY` more are gathered.
         """
-        refs = [worker.share_bucket.options(num_returns=2).remote(index) for worker in self.workers]
+        self._has_placed |= in_place
+        refs = [worker.share_bucket.options(num_returns=2).remote(index, in_place) for worker in self.workers]
         if len(refs) > 1:
             self._wait([done for _, done in refs], self._deadlines.push, f"gather bucket {index}", "deadlines.push")
         return refs[0][0]
@@ -200,6 +209,24 @@ class TrainerGroup:
         """Object refs, one a rank, ready when bucket `index` has left; rank 0's holds `{name: digest as it left}`."""
         return [worker.send_bucket.remote(index) for worker in self.workers]
 
+    def offer_bucket(self, index: int, sender: Any, readers: Collection[int]) -> list[Any]:
+        """Object refs, one a rank, of bucket `index` packed on the rank's GPU for another process there to read.
+
+        Args:
+            sender: makes each rank's sender, once; see `raysys.training.weights.BucketPlan.offer`.
+            readers: ranks whose offer will be read. The others help to gather; rank 0 gives the digests all the same.
+        """
+        return [worker.offer_bucket.remote(index, sender, rank in readers) for rank, worker in enumerate(self.workers)]
+
+    def withdraw_buckets(self) -> None:
+        """Frees what was offered, before anything else that is asked of the ranks; nobody reads it any more. Waits for nothing."""
+        for worker in self.workers:
+            worker.withdraw_buckets.remote()
+
+    def release_cache(self) -> None:
+        """Leaves the GPUs what no tensor of the trainer is in."""
+        self._all("release_cache", [()] * self.config.ranks, self._deadlines.push, "release GPU memory", "deadlines.push")
+
     def probe_logprobs(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Log-probs of ids[1:] given what precedes each, float32, temperature 1."""
         probe = np.asarray(ids, dtype=np.int64)
@@ -225,6 +252,8 @@ class TrainerGroup:
 
     def close(self) -> None:
         """Ends the ranks and frees their place. Safe to call twice, and on a group that never started."""
+        if self._has_placed and self.workers:
+            ray.wait([self.workers[0].withdraw_buckets.remote()], timeout=_PARTING_SECONDS)
         for worker in self.workers:
             ray.kill(worker)
         self.workers = []
@@ -269,4 +298,4 @@ class TrainerGroup:
 
 def _is_cause(error: RaysysError) -> bool:
     """Raised on purpose, or the rank is dead; anything else may be the echo of another rank's end."""
-    return type(error) is not InfrastructureError or isinstance(error.__cause__, ray.exceptions.RayActorError)
+    return type(error) is not InfrastructureError or died(error)

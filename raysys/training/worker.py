@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raysys import memory
 from raysys.batch import Batch, Bucket, Ragged
 from raysys.training.spec import Share, Tally, TrainerSpec
 
@@ -28,6 +29,7 @@ class TrainerWorker:
         self.spec, self.rank, self.ranks = spec, rank, ranks
         self._engine: Engine | None = None
         self._sender: Any = None
+        self._plan: Any = None
 
     def address(self) -> tuple[str, int]:
         """This node's address as other nodes see it, and a port free on it: where the ranks meet. Asked of rank 0."""
@@ -92,16 +94,22 @@ class TrainerWorker:
         """See `raysys.training.weights.BucketPlan`."""
         from raysys.training.weights import BucketPlan
 
+        if self._plan is not None:
+            self._plan.close()
         self._plan = BucketPlan(self.engine.engine, max_bytes)
         return self._plan.manifest, len(self._plan.buckets)
 
-    def gather_bucket(self, index: int) -> Bucket | None:
-        """Bucket `index` of the last `bucket_plan`, on rank 0; the other ranks help to gather it."""
-        return self._plan.gather(index)
+    def gather_bucket(self, index: int, in_place: bool = False) -> Bucket | None:
+        """Bucket `index` of the last `bucket_plan`, on rank 0; the other ranks help to gather it. See `BucketPlan.gather`."""
+        return self._plan.gather(index, in_place)
 
-    def share_bucket(self, index: int) -> tuple[Bucket | None, None]:
+    def share_bucket(self, index: int, in_place: bool = False) -> tuple[Bucket | None, None]:
         """`gather_bucket` as two results: the second says that it is there, and can be waited for without fetching the bytes."""
-        return self.gather_bucket(index), None
+        return self.gather_bucket(index, in_place), None
+
+    def memory(self) -> str:
+        """See `raysys.memory.whose`."""
+        return memory.whose()
 
     def bucket_header(self, index: int) -> Bucket:
         """See `raysys.training.weights.BucketPlan.header`."""
@@ -114,6 +122,25 @@ class TrainerWorker:
     def send_bucket(self, index: int) -> dict[str, str]:
         """See `raysys.training.weights.BucketPlan.send`."""
         return self._plan.send(index, self._sender)
+
+    def offer_bucket(self, index: int, sender: Callable[[], Any], wanted: bool) -> Bucket | None:
+        """See `raysys.training.weights.BucketPlan.offer`. The first call makes the sender, which keeps what it offers alive."""
+        self._sender = self._sender or sender()
+        return self._plan.offer(index, self._sender if wanted else None)
+
+    def withdraw_buckets(self) -> None:
+        """Frees what was offered or placed."""
+        if self._sender is not None:
+            self._sender.free()
+        if self._plan is not None:
+            self._plan.close()
+
+    def release_cache(self) -> None:
+        """Gives back the GPU memory that torch holds and nothing uses, for another process on the same GPU."""
+        import torch
+
+        if self.spec.device == "gpu":
+            torch.cuda.empty_cache()
 
     def save(self, folder: str) -> None:
         """See `raysys.training.checkpoint.save`."""

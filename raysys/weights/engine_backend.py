@@ -1,7 +1,7 @@
-"""The engine's half of the shared-memory push. vLLM imports this module in its worker process, as `worker_extension_cls`.
+"""The engine's half of a push through memory. vLLM imports this module in its worker process, as `worker_extension_cls`.
 
-Importing it registers a weight-transfer backend with vLLM's factory: chunks arrive as the name of a memory-mapped file
-and a layout, never as pickled tensors.
+Importing it registers two weight-transfer backends with vLLM's factory: chunks arrive as a layout and the name of a memory-mapped
+file, or the handle of memory on the GPU; never as pickled tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import mmap
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +18,12 @@ from torch import Tensor
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from raysys.batch import UNDER_WAY
 from raysys.weights.digest import digest
+from raysys.weights.ipc import Handle
 
 BACKEND = "raysys_shared_memory"
+IPC_BACKEND = "raysys_ipc"
 
 
 @dataclass
@@ -39,6 +41,8 @@ class SharedMemoryUpdate(WeightTransferUpdateInfo):
     dtypes: list[str]
     offsets: list[int]
     digests: list[str]
+    stays: bool = False
+    """The file is written again for later buckets, so it is kept mapped."""
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):
@@ -47,6 +51,9 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
     init_info_cls = SharedMemoryInit
     update_info_cls = SharedMemoryUpdate
     digests: dict[str, str]
+    wrong: list[str]
+    """Names in the newest bucket whose bytes are not those that left."""
+    _kept: dict[str, Tensor]
 
     def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
         return None
@@ -54,7 +61,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        self.digests = {}
+        self.digests, self.wrong, self._kept = {}, [], getattr(self, "_kept", {})
         forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
 
@@ -64,16 +71,22 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
-        with mapped(update_info.path) as data:
-            tensors = list(views(data, update_info))
-            arrived = {name: digest(tensor.reshape(-1).view(torch.uint8).numpy()) for name, tensor in tensors}
-            self.digests |= arrived
-            if list(arrived.values()) != update_info.digests:
-                return  # the receiver compares and says which: an exception would reach it as a line of text
-            # The layerwise loader may keep tensors until a layer is whole, beyond the life of this mapping.
-            model: Any = self.model
-            model.load_weights((name, tensor.to(self.device, copy=True)) for name, tensor in tensors)
-            del tensors
+        tensors = list(views(self._bytes(update_info), update_info))
+        arrived = {name: digest(tensor.reshape(-1).view(torch.uint8).numpy()) for name, tensor in tensors}
+        self.digests |= arrived
+        self.wrong = [name for name, sent in zip(update_info.names, update_info.digests, strict=True) if arrived[name] != sent]
+        if self.wrong:
+            return  # the receiver asks and says which: an exception would reach it as a line of text
+        # The layerwise loader may keep tensors until a layer is whole, beyond the life of this mapping.
+        model: Any = self.model
+        model.load_weights((name, tensor.to(self.device, copy=True)) for name, tensor in tensors)
+
+    def _bytes(self, update_info: SharedMemoryUpdate) -> Tensor:
+        if not update_info.stays:
+            return mapped(update_info.path)
+        if update_info.path not in self._kept:
+            self._kept = dict([*self._kept.items()][1 - UNDER_WAY :]) | {update_info.path: mapped(update_info.path)}
+        return self._kept[update_info.path]
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -84,8 +97,42 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         return None
 
 
-@contextmanager
-def mapped(path: str) -> Iterator[Tensor]:
+@dataclass
+class IpcUpdate(WeightTransferUpdateInfo):
+    """One bucket on this GPU: what lies at which offset, and the fields of its `raysys.weights.ipc.Handle`."""
+
+    names: list[str]
+    shapes: list[list[int]]
+    dtypes: list[str]
+    offsets: list[int]
+    handle: dict[str, Any]
+
+
+class IpcEngine(SharedMemoryEngine):
+    """The same with buckets that lie on this GPU, in the trainer's memory. What arrives is not hashed."""
+
+    update_info_cls: Any = IpcUpdate
+
+    def receive_weights(self, update_info: Any) -> None:
+        packed = opened(Handle(**update_info.handle), self.device)
+        # The layerwise loader may keep tensors until a layer is whole; the trainer wants its memory back before that.
+        model: Any = self.model
+        model.load_weights((name, tensor.clone()) for name, tensor in views(packed, update_info))
+
+
+def opened(handle: Handle, device: torch.device) -> Tensor:
+    """Another process's memory as a uint8 tensor, without a copy; closed when the last view of it goes."""
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+    here = str(torch.cuda.get_device_properties(device).uuid)
+    if handle.device != here:
+        raise ValueError(f"the weights lie on GPU {handle.device}, the engine on {here}")
+    layout = (torch.Tensor, (handle.size,), (1,), 0, torch.storage.TypedStorage, torch.uint8)
+    memory = (device.index, handle.memory, handle.size, handle.start)
+    return rebuild_cuda_tensor(*layout, *memory, False, handle.counter, handle.counter_start, handle.event, handle.wait)
+
+
+def mapped(path: str) -> Tensor:
     """The bytes of a file as a uint8 tensor, without a copy; unmapped when the last view of it goes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -94,8 +141,7 @@ def mapped(path: str) -> Iterator[Tensor]:
         os.close(descriptor)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # read-only memory: nobody writes through it
-        tensor = torch.frombuffer(memory, dtype=torch.uint8)
-    yield tensor
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def views(data: Tensor, layout: Any) -> Iterator[tuple[str, Tensor]]:
@@ -121,6 +167,10 @@ class WeightExtension:
         """Digest of each tensor of this update, as it arrived."""
         return dict(self.weight_transfer_engine.digests)
 
+    def raysys_wrong(self: Any) -> list[str]:
+        """Names in the newest bucket whose bytes are not those that left."""
+        return list(self.weight_transfer_engine.wrong)
+
     def raysys_forget_packed_experts(self: Any) -> None:
         """See `forget_packed_experts`; for backends of vLLM's own, which do not know of it."""
         forget_packed_experts(self.weight_transfer_engine.model)
@@ -134,8 +184,8 @@ class WeightExtension:
         """Names whose copy in the engine is readable under the same name and shape, and is not equal."""
         own = dict(self.weight_transfer_engine.model.named_parameters())
         info = SharedMemoryUpdate(**layout)
-        with mapped(info.path) as data:
-            return [name for name, tensor in views(data, info) if _readable(own.get(name), tensor.shape) and not _equal(own[name], tensor)]
+        tensors = views(mapped(info.path), info)
+        return [name for name, tensor in tensors if _readable(own.get(name), tensor.shape) and not _equal(own[name], tensor)]
 
 
 def _readable(parameter: Tensor | None, shape: Sequence[int]) -> bool:
@@ -147,3 +197,4 @@ def _equal(parameter: Tensor, tensor: Tensor) -> bool:
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
+WeightTransferEngineFactory.register_engine(IPC_BACKEND, IpcEngine)

@@ -8,17 +8,20 @@ neither torch nor vLLM.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import ray
 
+from raysys.batch import UNDER_WAY
 from raysys.config.parts import Deadlines, Weights
 from raysys.errors import DeadlineError, InfrastructureError, WeightSyncError
-from raysys.runtime import dead_actor, get
+from raysys.runtime import dead_actor, died, get
 from raysys.weights.digest import fingerprint
+from raysys.weights.ipc import IpcSender
 from raysys.weights.nccl import NcclSender
 
 Manifest = dict[str, tuple[tuple[int, ...], str]]
@@ -32,7 +35,8 @@ class Trains(Protocol):
     """What a push needs of a trainer."""
 
     def bucket_plan(self, max_bytes: int) -> tuple[Manifest, int]: ...
-    def gather_bucket(self, index: int) -> Any: ...
+    def memory(self) -> str: ...
+    def gather_bucket(self, index: int, in_place: bool = False) -> Any: ...
     def probe_logprobs(self, ids: Sequence[int]) -> np.ndarray: ...
 
     # Only for `weights.backend=nccl`:
@@ -40,6 +44,10 @@ class Trains(Protocol):
     def open_sender(self, sender: Any, address: str, port: int, world_size: int) -> Any: ...
     def bucket_header(self, index: int) -> Any: ...
     def send_bucket(self, index: int) -> list[Any]: ...
+
+    # Only for `weights.backend=ipc`:
+    def offer_bucket(self, index: int, sender: Any, readers: Collection[int]) -> list[Any]: ...
+    def withdraw_buckets(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,10 @@ class PushResult:
 
 
 class Engine(Protocol):
-    """What a push needs of a rollout worker: a name for people and a handle of its actor."""
+    """What a push needs of a rollout worker: a name for people and a handle of its actor.
+
+    With `weights.backend=ipc` also `place`, the trainer rank on whose GPU it lives.
+    """
 
     name: str
     handle: Any
@@ -96,6 +107,7 @@ class Pusher:
         self._probe = list(probe_ids or ())
         self._engine_ranks = engine_ranks
         self._joined: list[str] = []
+        self._memory: str | None = None
         self._manifest, self._count = trainer.bucket_plan(config.bucket_mib << 20)
 
     def push(self, version: int) -> PushResult:
@@ -124,7 +136,7 @@ class Pusher:
             found = audience.ask("limits")
             self._probe = probe_ids(**next(iter(found.values()))) if found else []
         audience.ask("begin_update", self._manifest)
-        left = self._broadcast(audience) if self._config.backend == "nccl" else self._send(audience)
+        left = {"nccl": self._broadcast, "ipc": self._hand_over}.get(self._config.backend, self._send)(audience)
         arrived = audience.ask("finish_update", version)
         if not arrived:
             return None
@@ -146,7 +158,7 @@ class Pusher:
             world = 1 + self._engine_ranks * len(names)
             opened = self._trainer.open_sender(NcclSender, address, port, world)
             firsts = dict(zip(names, range(1, world, self._engine_ranks), strict=True))
-            joins = {member: member.handle.join.remote(address, port, firsts[member.name], world) for member in audience.members}
+            joins = {member: handle.join.remote(address, port, firsts[member.name], world) for member, handle in audience.present()}
             audience.settle(joins, "join the trainer's group", [opened])
             self._joined = names
         left: dict[str, str] = {}
@@ -160,19 +172,53 @@ class Pusher:
                 )
         return left
 
+    def _hand_over(self, audience: Audience) -> dict[str, str]:
+        """All buckets to each worker from the rank on its GPU. Returns digests of what left."""
+
+        def start(index: int) -> tuple[dict[Any, Any], Any]:
+            offers = self._trainer.offer_bucket(index, IpcSender, {member.place for member in audience.members})
+            return {member: handle.update.remote(offers[member.place]) for member, handle in audience.present()}, offers
+
+        left: dict[str, str] = {}
+        try:
+            for bucket in self._under_way(audience, start):
+                left |= dict(zip(bucket.names, bucket.digests, strict=True))
+        finally:
+            self._trainer.withdraw_buckets()
+        return left
+
     def _send(self, audience: Audience) -> dict[str, str]:
-        """All buckets to all workers, at most two under way. Returns nothing: receivers say what arrived."""
-        flying: list[tuple[dict[Any, Any], Any]] = []
+        """All buckets to all workers through the host's memory. Returns nothing: receivers say what arrived.
+
+        On one node they read them where the trainer packed them, else through Ray's object store.
+        """
+        if self._memory is None:
+            self._memory = self._trainer.memory()
+        in_place = bool(self._memory) and all(member.facts.get("memory") == self._memory for member in audience.members)
+
+        def start(index: int) -> tuple[dict[Any, Any], Any]:
+            bucket = self._trainer.gather_bucket(index, in_place)  # only asked for: the workers wait for it themselves
+            return audience.call("update", bucket), bucket
+
+        for _ in self._under_way(audience, start):
+            pass
+        return {}
+
+    def _under_way(self, audience: Audience, start: Callable[[int], tuple[dict[Any, Any], Any]]) -> Iterator[Any]:
+        """Starts each bucket as soon as fewer than `UNDER_WAY` are; `start` gives the workers' answers and the trainer's part as refs.
+
+        Yields what the trainer's first rank says of each bucket that everyone has answered, where its part is a list.
+        """
+        flying: deque[tuple[dict[Any, Any], Any]] = deque()
         try:
             for index in range(self._count):
-                bucket = self._trainer.gather_bucket(index)  # only asked for: the workers wait for it themselves
-                flying.append((audience.call("update", bucket), bucket))
-                if len(flying) == 2:
-                    refs, needed = flying.pop(0)
-                    audience.settle(refs, "update", wait_for=needed)
-            for refs, needed in flying:
-                audience.settle(refs, "update", wait_for=needed)
-            return {}
+                flying.append(start(index))
+                if len(flying) == UNDER_WAY:
+                    refs, needed = flying.popleft()
+                    yield audience.settle(refs, "update", wait_for=needed).get(0)
+            while flying:
+                refs, needed = flying.popleft()
+                yield audience.settle(refs, "update", wait_for=needed).get(0)
         except Exception:
             late = [ref for refs, _ in flying for ref in refs.values()]
             if late:  # what is still under way must not run into the next push
@@ -200,7 +246,9 @@ class Pusher:
 
     def _first_difference(self, audience: Audience, member: Any) -> str:
         for index in range(self._count):
-            found = audience.settle({member: member.handle.differing.remote(self._trainer.gather_bucket(index))}, "differing")
+            bucket = self._trainer.gather_bucket(index)
+            asked = {one: handle.differing.remote(bucket) for one, handle in audience.present() if one is member}
+            found = audience.settle(asked, "differing")
             for name in found.get(member, []):
                 return f"the first tensor that differs in the engine is {name}"
         return "all bytes arrived as they left, and every tensor that can be read back is equal: an older copy of one that cannot is in use"
@@ -217,13 +265,18 @@ class Audience:
 
     def __init__(self, members: Sequence[Any], lose: Callable[[Any, str], None], timeout: float):
         self.members, self._lose, self._timeout = list(members), lose, timeout
+        self._handles = {member: member.handle for member in members}  # a member that the pool gives up meanwhile loses its own
 
     def ask(self, method: str, *arguments: Any) -> dict[Any, Any]:
         """Calls a method on everyone; answers by worker."""
         return self.settle(self.call(method, *arguments), method)
 
     def call(self, method: str, *arguments: Any) -> dict[Any, Any]:
-        return {member: getattr(member.handle, method).remote(*arguments) for member in self.members}
+        return {member: getattr(handle, method).remote(*arguments) for member, handle in self.present()}
+
+    def present(self) -> list[tuple[Any, Any]]:
+        """Those that are still there, with the handles of their actors."""
+        return [(member, self._handles[member]) for member in self.members]
 
     def settle(self, refs: dict[Any, Any], operation: str, wait_for: Any = None) -> dict[Any, Any]:
         """Answers by worker of those that are still there; with a list in `wait_for`, under 0 what its first ref holds.
@@ -240,7 +293,8 @@ class Audience:
             raise DeadlineError("the trainer", f"give its part of '{operation}'", self._timeout, "deadlines.push")
         answers: dict[Any, Any] = {}
         if isinstance(wait_for, list):
-            answers[0] = self._get(needed[0], "the trainer", operation)
+            parts = [self._get(ref, "the trainer", operation) for ref in needed]  # each rank may say what went wrong
+            answers[0] = parts[0]
         for member, ref in refs.items():
             if not ray.wait([ref], timeout=0, fetch_local=False)[0]:
                 self._give_up(member, f"no answer to '{operation}' in {self._timeout:g} s (deadlines.push)")
@@ -248,11 +302,18 @@ class Audience:
             try:
                 answers[member] = self._get(ref, member.name, operation)
             except InfrastructureError as error:
-                dead = dead_actor(error)
-                if isinstance(error, WeightSyncError) or dead not in ("", member.handle._actor_id.hex()):
-                    raise  # in the second case it was the trainer that died, and the worker's answer is only the echo
+                if not self._its_own(member, error):
+                    raise
+                if needed and died(error) and not dead_actor(error):
+                    self._get(needed[0], "the trainer", operation)  # raises, if the end that has no name was the trainer's
                 self._give_up(member, error.message)
         return answers
+
+    def _its_own(self, member: Any, error: InfrastructureError) -> bool:
+        """Whether an error is the end of this worker, not of the trainer whose echo it may be, and no word about the weights."""
+        if member.state == "gone":
+            return True  # the pool gave it up meanwhile, and what it says since means nothing
+        return not isinstance(error, WeightSyncError) and dead_actor(error) in ("", self._handles[member]._actor_id.hex())
 
     def _get(self, ref: Any, actor: str, operation: str) -> Any:
         return get(ref, timeout=self._timeout, actor=actor, operation=operation, knob="deadlines.push")

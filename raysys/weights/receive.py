@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import struct
-import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raysys.batch import Bucket
+from raysys.batch import Bucket, Placed
 from raysys.errors import WeightSyncError
+from raysys.memory import new_path, sweep
 
 Manifest = dict[str, tuple[tuple[int, ...], str]]
 
-_MEMORY = Path("/dev/shm")
-_PREFIX = "raysys-push-"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -87,18 +87,17 @@ class SharedMemoryReceiver:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         self._expect(bucket)
-        with _Shared(bucket) as layout:
+        with at_hand(bucket) as layout:
             try:
                 await engine.update_weights(WeightTransferUpdateRequest(update_info=layout))
             except Exception:
                 self._open = False  # vLLM closes an update that raises
                 raise
-        for arrived in await engine.collective_rpc("raysys_digests"):
-            for name, sent in zip(bucket.names, bucket.digests, strict=True):
-                if arrived.get(name) != sent:
-                    raise WeightSyncError(
-                        f"tensor {name} arrived with other bytes than it left with", "a whole push makes the engine usable again"
-                    )
+        for wrong in await engine.collective_rpc("raysys_wrong"):
+            if wrong:
+                raise WeightSyncError(
+                    f"tensor {wrong[0]} arrived with other bytes than it left with", "a whole push makes the engine usable again"
+                )
         self._arrived.update(bucket.names)
 
     def _expect(self, bucket: Bucket) -> None:
@@ -121,43 +120,33 @@ class SharedMemoryReceiver:
 
     async def differing(self, engine: Any, bucket: Bucket) -> list[str]:
         """Names of this bucket that can be read back from the engine and are not equal."""
-        with _Shared(bucket) as layout:
+        with at_hand(bucket) as layout:
             return (await engine.collective_rpc("raysys_differing", args=(layout,)))[0]
 
     def close(self) -> None:
         sweep()
 
 
-class _Shared:
-    """A bucket's bytes in a file of shared memory for the time of a block; gives the layout that names it."""
-
-    def __init__(self, bucket: Bucket):
-        self._bucket = bucket
-        self._path = _MEMORY / f"{_PREFIX}{os.getpid()}-{uuid.uuid4().hex}"
-
-    def __enter__(self) -> dict[str, Any]:
-        bucket = self._bucket
-        with open(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+@contextmanager
+def at_hand(bucket: Bucket) -> Iterator[dict[str, Any]]:
+    """The layout of a bucket and the path of its bytes: where they were placed, or a file for the time of the block."""
+    layout = {
+        "names": list(bucket.names),
+        "shapes": [list(shape) for shape in bucket.shapes],
+        "dtypes": list(bucket.dtypes),
+        "offsets": list(bucket.offsets),
+        "digests": list(bucket.digests),
+    }
+    if isinstance(bucket, Placed):
+        yield layout | {"path": bucket.path, "stays": True}
+        return
+    path = new_path()
+    try:
+        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             file.write(bucket.data.data)
-        return {
-            "path": str(self._path),
-            "names": list(bucket.names),
-            "shapes": [list(shape) for shape in bucket.shapes],
-            "dtypes": list(bucket.dtypes),
-            "offsets": list(bucket.offsets),
-            "digests": list(bucket.digests),
-        }
-
-    def __exit__(self, *exc: object) -> None:
-        self._path.unlink(missing_ok=True)
-
-
-def sweep() -> None:
-    """Removes what killed processes left in shared memory; files of living ones stay."""
-    for path in _MEMORY.glob(f"{_PREFIX}*"):
-        owner = path.name.removeprefix(_PREFIX).partition("-")[0]
-        if not (Path("/proc") / owner).exists() or int(owner) == os.getpid():
-            path.unlink(missing_ok=True)
+        yield layout | {"path": str(path), "stays": False}
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def shapes_of(model: str) -> dict[str, tuple[int, ...]] | None:

@@ -1,4 +1,6 @@
-"""How fast a push travels over shared memory, part by part, beside a plain copy of the same bytes in memory.
+"""How fast a push travels through a node's memory, part by part, beside a plain copy of the same bytes in memory.
+
+Two ways: `in place`, where the engine reads what the trainer packed, and through Ray's object store, as between nodes.
 
 Transport and hashing: real buckets (`BucketPlan`), the real `Pusher` and `SharedMemoryReceiver` in Ray actors, and in place of the
 engine a process that maps each file and reads a number of every page of every tensor. In the transport figures both ends give one
@@ -19,12 +21,14 @@ from typing import Any
 import numpy as np
 
 from raysys.batch import Bucket
+from raysys.memory import whose
 from raysys.rollout.worker import RolloutWorker
 from raysys.weights.receive import Manifest, SharedMemoryReceiver
 
 DEFAULTS: dict[str, Any] = {
     "parameters": [1_000_000, 30_000_000, 300_000_000],
     "tensors": [100, 10_000],
+    "ways": ["in place", "object store"],
     "engines": [1_000_000, 30_000_000],
     "bucket_mib": 256,
     "repeats": 5,
@@ -38,7 +42,7 @@ MODELS: dict[int, dict[str, Any]] = {
 PAGE = 1024  # float32 numbers in a page of memory
 
 
-def run(parameters: list[int], tensors: list[int], engines: list[int], bucket_mib: int, repeats: int) -> dict[str, Any]:
+def run(parameters: list[int], tensors: list[int], ways: list[str], engines: list[int], bucket_mib: int, repeats: int) -> dict[str, Any]:
     """Medians of `repeats` warm pushes for each size and number of tensors, and for each engine (those of `MODELS`)."""
     from tests.bench.private_ray import private_ray
 
@@ -50,36 +54,37 @@ def run(parameters: list[int], tensors: list[int], engines: list[int], bucket_mi
 
 def table(figures: dict[str, Any]) -> list[list[Any]]:
     keys = ["memcpy_s", "transport_s", "transport_gbs", "ratio", "hash_trainer_s", "hash_engine_s", "load_s", "whole_s"]
-    keys = ["parameters", "tensors", *keys, *(f"{part}_s" for part in PARTS)]
+    keys = ["way", "parameters", "tensors", *keys, *(f"{part}_s" for part in PARTS)]
     return [keys, *([row.get(key, "-") for key in keys] for row in [*figures["moved"], *figures["loaded"]])]
 
 
-def _moved(parameters: int, tensors: int, bucket_mib: int, repeats: int) -> dict[str, Any]:
+def _moved(way: str, parameters: int, tensors: int, bucket_mib: int, repeats: int) -> dict[str, Any]:
     import ray
 
     from raysys.runtime import compute_environment
 
+    in_place = way == "in place"
     source = _actor(Source, compute_environment(2), None, parameters, tensors)
     sink = _actor(Sink, {"VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"})
     laps: list[dict[str, float]] = []
     try:
         ray.get(sink.start.remote())
-        pusher, count = _pusher(source, sink, bucket_mib)
+        pusher, count = _pusher(source, sink, bucket_mib, in_place)
         for version in range(repeats + 1):
             lap = {"memcpy_s": memcpy_seconds(parameters * 4)}
             for name, on in (("transport_s", False), ("whole_s", True)):
                 ray.get([end.hashing.remote(on) for end in (source, sink)])
                 lap[name] = pusher.push(version).seconds["transfer"]
             lap["hash_trainer_s"], lap["hash_engine_s"] = ray.get([end.hashing.remote(False) for end in (source, sink)])
-            laps.append(lap | _parts(source, sink, bucket_mib))
+            laps.append(lap | _parts(source, sink, bucket_mib, in_place))
     finally:
-        ray.get(sink.close.remote())
+        ray.get([sink.close.remote(), source.close.remote()])
         for end in (source, sink):
             ray.kill(end)
     found = {name: statistics.median(lap[name] for lap in laps[1:]) for name in laps[0]}
     found |= {"ratio": found["memcpy_s"] / found["transport_s"], "transport_gbs": parameters * 4 / found["transport_s"] / 1e9}
     # The first push makes the pages of the object store and of the trainer's buffers.
-    return {"parameters": parameters, "tensors": tensors, "buckets": count, **found, "first": laps[0], "laps": laps[1:]}
+    return {"way": way, "parameters": parameters, "tensors": tensors, "buckets": count, **found, "first": laps[0], "laps": laps[1:]}
 
 
 def _loaded(parameters: int, bucket_mib: int, repeats: int) -> dict[str, Any]:
@@ -102,7 +107,7 @@ def _loaded(parameters: int, bucket_mib: int, repeats: int) -> dict[str, Any]:
         worker = _actor(ClockedWorker, environment(spec) | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}, spec)
         try:
             ray.get(worker.start.remote(), timeout=300)
-            pusher, _ = _pusher(source, worker, bucket_mib)
+            pusher, _ = _pusher(source, worker, bucket_mib, True)
             sizes = [int(np.prod(shape)) for shape, _ in ray.get(source.bucket_plan.remote(bucket_mib << 20))[0].values()]
             for version in range(repeats + 1):
                 ray.get([source.hashing.remote(True), worker.clocks.remote()])
@@ -111,11 +116,12 @@ def _loaded(parameters: int, bucket_mib: int, repeats: int) -> dict[str, Any]:
                 load = sum(inside.values()) - 2 * inside["digest"]  # `update_weights` hashes what it reads
                 laps.append({"whole_s": whole, "hash_trainer_s": left, "hash_engine_s": inside["digest"], "load_s": load})
         finally:
-            ray.get(worker.close.remote())
+            ray.get([worker.close.remote(), source.close.remote()])
             for end in (source, worker):
                 ray.kill(end)
     found = {name: statistics.median(lap[name] for lap in laps[1:]) for name in laps[0]}
-    return {"parameters": sum(sizes), "tensors": len(sizes), **found, "load_gbs": sum(sizes) * 4 / found["load_s"] / 1e9, "laps": laps[1:]}
+    found |= {"load_gbs": sum(sizes) * 4 / found["load_s"] / 1e9}
+    return {"way": "in place", "parameters": sum(sizes), "tensors": len(sizes), **found, "laps": laps[1:]}
 
 
 def memcpy_seconds(nbytes: int, times: int = 3) -> float:
@@ -134,7 +140,7 @@ def _actor(kind: type, environment: dict[str, str], *arguments: Any) -> Any:
     return ray.remote(kind).options(runtime_env={"env_vars": environment}).remote(*arguments)
 
 
-def _pusher(source: Any, worker: Any, bucket_mib: int) -> tuple[Any, int]:
+def _pusher(source: Any, worker: Any, bucket_mib: int, in_place: bool) -> tuple[Any, int]:
     """A `Pusher` from one source to one worker, and the number of buckets."""
     import ray
 
@@ -150,14 +156,15 @@ def _pusher(source: Any, worker: Any, bucket_mib: int) -> tuple[Any, int]:
     def lose(member: Any, cause: str) -> None:
         raise RuntimeError(cause)
 
-    member = type("Member", (), {"name": "worker", "state": "up", "handle": worker})()
-    trainer: Any = SimpleNamespace(bucket_plan=planned, gather_bucket=source.gather_bucket.remote, probe_logprobs=probed)
+    facts = {"memory": whose()} if in_place else {}
+    member = type("Member", (), {"name": "worker", "state": "up", "handle": worker, "facts": facts})()
+    trainer: Any = SimpleNamespace(bucket_plan=planned, memory=whose, gather_bucket=source.gather_bucket.remote, probe_logprobs=probed)
     engines: Any = SimpleNamespace(workers=[member], pushed=lambda version, members: None, lose=lose)
     pusher = Pusher(trainer, engines, Weights(bucket_mib=bucket_mib), Deadlines(push=120), probe_ids=[5, 90, 17, 33])
     return pusher, planned(bucket_mib << 20)[1]
 
 
-def _parts(source: Any, sink: Any, bucket_mib: int) -> dict[str, float]:
+def _parts(source: Any, sink: Any, bucket_mib: int, in_place: bool) -> dict[str, float]:
     """Seconds of each part with one bucket under way at a time; `store` is Ray's: put, message, get."""
     import ray
 
@@ -165,7 +172,7 @@ def _parts(source: Any, sink: Any, bucket_mib: int) -> dict[str, float]:
     ray.get(sink.begin_update.remote(manifest))
     sums = dict.fromkeys([f"{part}_s" for part in PARTS], 0.0)
     for index in range(count):
-        later = ray.get(sink.marked.remote(source.gather_bucket.remote(index)))
+        later = ray.get(sink.marked.remote(source.gather_bucket.remote(index, in_place)))
         marks = [*ray.get(source.marks.remote()), *later]
         for name, began, ended in zip(sums, marks, marks[1:], strict=False):
             sums[name] += ended - began
@@ -214,18 +221,24 @@ class Source:
             state = {f"layers.{index // 10}.weight{index}": torch.randn(parameters // tensors) for index in range(tensors)}
             self._model = SimpleNamespace(state_dict=lambda keep_vars: state)
         rooms: Any = weights
+        self._plan: Any = None
         self._marks = [0.0, 0.0]
         self._hash = rooms.blake3 = Clock(weights.blake3, weights.blake3())
 
     def bucket_plan(self, max_bytes: int) -> tuple[Manifest, int]:
         from raysys.training.weights import BucketPlan
 
+        self.close()
         self._plan = BucketPlan(SimpleNamespace(module=self._model, zero_optimization_stage=lambda: 0), max_bytes)
         return self._plan.manifest, len(self._plan.buckets)
 
-    def gather_bucket(self, index: int) -> Bucket | None:
+    def close(self) -> None:
+        if self._plan is not None:
+            self._plan.close()
+
+    def gather_bucket(self, index: int, in_place: bool) -> Bucket | None:
         began = time.monotonic()
-        bucket = self._plan.gather(index)
+        bucket = self._plan.gather(index, in_place)
         self._marks = [began, time.monotonic()]
         return bucket
 
@@ -319,20 +332,24 @@ def serve(pipe: Any) -> None:
     from raysys.weights.digest import digest
     from raysys.weights.engine_backend import mapped, views
 
-    clock, digests = Clock(digest, digest(b"")), {}
+    clock, digests, kept = Clock(digest, digest(b"")), {}, {}
     while True:
         what, payload = pipe.recv()
-        answer: Any = {"raysys_dtypes": {}, "raysys_digests": digests}.get(what)
+        answer: Any = {"raysys_dtypes": {}, "raysys_digests": digests, "raysys_wrong": []}.get(what)
         if what == "hashing":
             answer = clock.switch(payload)
         elif what == "begin":
             digests = {}
         elif what == "update":
-            with mapped(payload["path"]) as data:
-                for name, tensor in views(data, SimpleNamespace(**payload)):
-                    tensor.view(-1)[::PAGE].sum()
-                    digests[name] = clock(tensor.view(-1).view(torch.uint8).numpy())
-                del data, tensor
+            path = payload["path"]
+            if path not in kept:
+                kept = {one: kept[one] for one in kept if payload["stays"]} | {path: mapped(path)}
+            for name, tensor in views(kept[path], SimpleNamespace(**payload)):
+                tensor.view(-1)[::PAGE].sum()
+                digests[name] = clock(tensor.view(-1).view(torch.uint8).numpy())
+            if not payload["stays"]:
+                kept = {}
+            del tensor
         pipe.send(answer)
 
 

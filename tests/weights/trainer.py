@@ -57,7 +57,11 @@ class MovingModel:
             data=np.concatenate(pieces),
         )
 
-    def gather_bucket(self, index: int) -> Any:
+    def memory(self) -> str:
+        return ""
+
+    def gather_bucket(self, index: int, in_place: bool = False) -> Any:
+        assert not in_place, "no worker sees this trainer's memory"
         self.asked += 1
         bucket = self.bucket(index)
         return ray.put(self.lie(bucket) if self.lie is not None else bucket)
