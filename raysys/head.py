@@ -21,7 +21,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -122,13 +122,23 @@ def running(home: Path) -> Head | None:
     return head if head.alive() and head.answers() else None
 
 
-def start(home: Path, *, cpus: int | None = None, resources: Mapping[str, float] | None = None, timeout: float = 120.0) -> Head:
+def start(
+    home: Path,
+    *,
+    cpus: int | None = None,
+    resources: Mapping[str, float] | None = None,
+    gcs_port: int | None = None,
+    options: Sequence[str] = (),
+    timeout: float = 120.0,
+) -> Head:
     """Starts a head for `home` and waits until it accepts jobs. Call under `locked(home)`.
 
     Args:
         home: folder of the token, the state and the head's own log; made with mode 700.
         cpus: logical CPUs. The default is at least 8: actors of a small run ask for bookkeeping, not for cores.
         resources: further custom resources.
+        gcs_port: the default is a free one.
+        options: further ones of `ray start`.
         timeout: seconds until the dashboard must answer.
 
     Raises:
@@ -138,7 +148,7 @@ def start(home: Path, *, cpus: int | None = None, resources: Mapping[str, float]
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     _sweep(home)
     temp = Path(tempfile.mkdtemp(prefix=_temp_prefix(home)))
-    gcs_port, dashboard_port = free_port(), _dashboard_port()
+    gcs_port, dashboard_port = gcs_port or free_port(), _dashboard_port()
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", "--log-color=false"),
         f"--port={gcs_port}",
@@ -147,6 +157,7 @@ def start(home: Path, *, cpus: int | None = None, resources: Mapping[str, float]
         *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={temp}"),
         *(f"--num-cpus={cpus or max(8, os.cpu_count() or 1)}", f"--object-store-memory={_store_bytes()}"),
         *([f"--resources={json.dumps(dict(resources))}"] if resources else []),
+        *options,
     ]
     token = token_file(home)
     with open(home / "head.log", "w") as log:

@@ -27,6 +27,7 @@ from raysys.config.runs import Run
 from raysys.errors import ConfigError, InfrastructureError, RaysysError
 from raysys.files import write_json
 from raysys.ledger import Ledger
+from raysys.processes import die_with_parent
 
 log = logging.getLogger("raysys")
 Kind = TypeVar("Kind", bound=Run)
@@ -72,7 +73,7 @@ def main(job: str, kind: type[Kind], argv: Sequence[str] | None = None) -> int:
                 config.deadlines.start,
             )
         if supervise.attempt() is not None:
-            supervise.die_with_parent()
+            die_with_parent()
         find_ray()  # before Ray is imported, which reads the token's whereabouts once
         from raysys import wiring
 

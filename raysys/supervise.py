@@ -7,12 +7,10 @@ job is done, when the input was wrong, or when several attempts in a row got no 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,12 +29,6 @@ def attempt() -> int | None:
     """Which attempt this process is, from 0; None: it is not supervised."""
     number = os.environ.get(ATTEMPT)
     return int(number) if number is not None else None
-
-
-def die_with_parent() -> None:
-    """Has the kernel kill this process when the one that started it ends, however it ends. Linux only; elsewhere nothing happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 
 def supervise(

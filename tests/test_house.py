@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "raysys"
 
 ROOMS = {"data", "rollout", "scoring", "training", "weights"}
-LOW = {"methods", "models", "config", "batch", "runtime", "errors", "files", "memory", "tasks"}
+LOW = {"methods", "models", "config", "batch", "runtime", "errors", "files", "memory", "processes", "tasks"}
 FREE = {
     *("loop", "wiring", "studies", "compression", "cli", "plan", "doctor", "submit", "stages", "pipeline", "job", "jobs"),
     *("watching", "supervise", "supervised", "compare", "colocate", "checks"),
@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "memory": {"errors"},
+    "processes": set(),
     "methods": set(),
     "config": {"errors"},
     "batch": {"errors"},

@@ -18,7 +18,8 @@ CHILD = """
 import os, signal, sys, time
 from pathlib import Path
 from raysys import supervise
-supervise.die_with_parent()
+from raysys.processes import die_with_parent
+die_with_parent()
 folder, number = Path(sys.argv[1]), supervise.attempt()
 with open(folder / "attempts", "a") as file:
     file.write(f"{number}\\n")

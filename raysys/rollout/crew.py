@@ -89,7 +89,7 @@ class Crew:
         member.version = version
         if member.state == "started":
             member.enter("ready", now)
-            member.idle_since = now
+            member.idle_since = now  # not since it was asked for: a node may have taken minutes to come
             self._books.join(member.name, self._config.max_sequences, int(member.facts.get("kv_tokens") or 2**40))
 
     def sampled(self) -> None:

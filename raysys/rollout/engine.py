@@ -1,8 +1,9 @@
-"""What a vLLM engine is started with, and what has to be cleaned up after it. Imports vLLM nowhere."""
+"""What a vLLM engine is started with, and what has to be cleaned up after it. Imports vLLM only where it is told to."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raysys.errors import ConfigError
+from raysys.processes import die_with_parent
 from raysys.rollout.spec import RolloutSpec
 
 
@@ -102,6 +104,32 @@ def chatter_to(folder: str | None, rank: int) -> str:
     os.dup2(file, 2)
     os.close(file)
     return str(path)
+
+
+_whole_core: Any = None
+
+
+def tie_core() -> None:
+    """Has the engine's process, which vLLM will start, die with this one.
+
+    An actor that is killed has no time to end it, Ray, which would, may have been killed with it, and an engine that still waits for
+    its actor to answer waits for ever.
+    """
+    from vllm.v1.engine.core import EngineCoreProc
+
+    global _whole_core
+    if _whole_core is None:
+        _whole_core = EngineCoreProc.run_engine_core
+        EngineCoreProc.run_engine_core = staticmethod(functools.partial(run_core, os.getpid()))  # type: ignore[assignment]
+
+
+def run_core(parent: int, *arguments: Any, **options: Any) -> None:
+    """The engine's process: vLLM's own main function, once it is tied to `parent`."""
+    from vllm.v1.engine.core import EngineCoreProc
+
+    die_with_parent(parent)
+    # Where the process is a fork of the actor, its class is the changed one.
+    (_whole_core or EngineCoreProc.run_engine_core)(*arguments, **options)
 
 
 def children() -> dict[int, float]:

@@ -6,7 +6,7 @@ import contextlib
 from typing import Any
 
 import ray
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raysys.rollout.engine import environment
@@ -55,7 +55,8 @@ class Member:
         if now - self._looked < 0.5:
             return False
         self._looked = now
-        return bool(self._group.wait(0.001))
+        # Not `wait`: it counts whole seconds, and a wait of 0 denies a group that is ready whenever the answer takes its time.
+        return placement_group_table(self._group).get("state") == "CREATED"
 
     def launch(self, now: float) -> None:
         """Starts the process and its engine; `pending` is ready when it is up."""

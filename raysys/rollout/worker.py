@@ -14,7 +14,7 @@ import numpy as np
 from raysys import memory
 from raysys.batch import Bucket
 from raysys.errors import DataError, InfrastructureError, RaysysError, WeightSyncError
-from raysys.rollout.engine import chatter_to, children, end, engine_arguments, revision, stop_ids
+from raysys.rollout.engine import chatter_to, children, end, engine_arguments, revision, stop_ids, tie_core
 from raysys.rollout.serving import Response, Serving
 from raysys.rollout.spec import Manifest, RolloutSpec, Sampling
 
@@ -53,6 +53,7 @@ class RolloutWorker(Serving):
 
         arguments = engine_arguments(self._spec) | (self._receiver.engine_arguments() if self._receiver is not None else {})
         with self._ours("could not start its engine", InfrastructureError):
+            tie_core()
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
             self._processes = children()
             if self._receiver is not None:

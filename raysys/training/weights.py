@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,10 +32,12 @@ class BucketPlan:
         self._engine = engine
         self._tensors: dict[str, Tensor] = engine.module.state_dict(keep_vars=True)
         self.manifest = {name: (shape_of(tensor), dtype_name(tensor)) for name, tensor in self._tensors.items()}
-        self.buckets = bucketed({name: nbytes(tensor) for name, tensor in self._tensors.items()}, max_bytes)
-        self._largest = max(self._offsets(names)[-1] for names in self.buckets)
+        sizes = {name: nbytes(tensor) for name, tensor in self._tensors.items()}
+        self.buckets = bucketed(sizes, max_bytes)
+        self._sizes = [[sizes[name] for name in names] for names in self.buckets]
+        self._headers = [self._header(index) for index in range(len(self.buckets))]
         self._slots = Slots(min(UNDER_WAY, len(self.buckets)))
-        self._pieces: dict[int, tuple[str, list[Tensor], list[np.ndarray]]] = {}
+        self._cuts: dict[int, tuple[str, Cut]] = {}
 
     def gather(self, index: int, in_place: bool = False) -> Bucket | None:
         """Bucket `index` on rank 0, None elsewhere. Collective under ZeRO-3, local otherwise.
@@ -44,17 +48,16 @@ class BucketPlan:
         names = self.buckets[index]
         first = torch.distributed.get_rank() == 0
         with gathered(self._engine, [self._tensors[name] for name in names]):
-            return None if not first else self._placed(index) if in_place else self._pack(names)
+            return None if not first else self._placed(index) if in_place else self._packed(index)
 
     def close(self) -> None:
         """Removes what `gather` placed; whoever reads it has done so."""
-        self._pieces = {}
+        self._cuts = {}
         self._slots.close()
 
     def header(self, index: int) -> Bucket:
-        """Bucket `index` without its bytes: what receivers of a broadcast are told first."""
-        names = self.buckets[index]
-        return self._bucket(names, [0] * len(names), [""] * len(names))
+        """Bucket `index` without its bytes and their digests: what receivers of a broadcast are told first."""
+        return self._headers[index]
 
     def send(self, index: int, sender: Any) -> dict[str, str]:
         """Hands bucket `index` to rank 0's `sender.send` on the device. Gives digests of what left, on rank 0. Collective."""
@@ -73,62 +76,65 @@ class BucketPlan:
         """
         names = self.buckets[index]
         first = torch.distributed.get_rank() == 0
-        offsets = self._offsets(names)
         with gathered(self._engine, [self._tensors[name] for name in names]):
             if sender is None and not first:
                 return None
-            packed = torch.empty(offsets[-1], dtype=torch.uint8, device=self._tensors[names[0]].device)
-            pieces = [packed[start : start + nbytes(self._tensors[name])] for name, start in zip(names, offsets)]
-            for name, piece in zip(names, pieces, strict=True):
-                piece.copy_(self._bytes(name))
+            packed = torch.empty(self._length(index), dtype=torch.uint8, device=self._tensors[names[0]].device)
+            pieces = self._fill(index, self._cut(index, packed))
             if packed.is_cuda:
                 torch.cuda.synchronize()  # what was gathered goes, and readers in other processes know no stream of this one
-        digests = [blake3(piece.cpu().numpy().data, max_threads=blake3.AUTO).hexdigest() if first else "" for piece in pieces]
-        bucket = self._bucket(names, offsets[:-1], digests)
+        digests = digests_of(pieces) if first else self._headers[index].digests
+        bucket = replace(self._headers[index], digests=digests)
         return bucket if sender is None else sender.offer(bucket, packed)
 
-    def _pack(self, names: list[str]) -> Bucket:
-        offsets = self._offsets(names)
-        data = np.zeros(offsets[-1], np.uint8)
-        return self._bucket(names, offsets[:-1], self._fill(names, *self._cut(names, data)), data)
+    def _packed(self, index: int) -> Bucket:
+        data = np.zeros(self._length(index), np.uint8)
+        pieces = self._fill(index, self._cut(index, torch.from_numpy(data)))
+        return replace(self._headers[index], digests=digests_of(pieces), data=data)
 
     def _placed(self, index: int) -> Placed:
-        names = self.buckets[index]
-        path, room = self._slots.room(index, self._largest)
-        if index not in self._pieces or self._pieces[index][0] != path:
-            self._pieces[index] = (path, *self._cut(names, room))
-        digests = self._fill(names, *self._pieces[index][1:])
-        return Placed(**vars(self._bucket(names, self._offsets(names)[:-1], digests)), path=path)
+        path, room = self._slots.room(index, max(map(self._length, range(len(self.buckets)))))
+        if self._cuts.get(index, ("",))[0] != path:
+            self._cuts[index] = (path, self._cut(index, torch.from_numpy(room)))
+        pieces = self._fill(index, self._cuts[index][1])
+        return Placed(**vars(replace(self._headers[index], digests=digests_of(pieces))), path=path)
 
-    def _cut(self, names: list[str], room: np.ndarray) -> tuple[list[Tensor], list[np.ndarray]]:
-        """Where each tensor goes, as tensors of its shape and as bytes."""
-        raw = [room[start : start + nbytes(self._tensors[name])] for name, start in zip(names, self._offsets(names))]
-        kinds = [self.manifest[name] for name in names]
-        return [torch.from_numpy(one).view(getattr(torch, dtype)).view(shape) for one, (shape, dtype) in zip(raw, kinds)], raw
+    def _cut(self, index: int, room: Tensor) -> Cut:
+        """Where in a buffer each tensor of a bucket goes."""
+        bucket = self._headers[index]
+        raw = [room[start : start + size] for start, size in zip(bucket.offsets, self._sizes[index], strict=True)]
+        kinds = zip(raw, bucket.dtypes, bucket.shapes, strict=True)
+        return Cut([one.view(getattr(torch, dtype)).view(shape) for one, dtype, shape in kinds], raw)
 
-    def _fill(self, names: list[str], pieces: list[Tensor], raw: list[np.ndarray]) -> list[str]:
-        """Copies the tensors there; gives their digests."""
+    def _fill(self, index: int, cut: Cut) -> list[Tensor]:
+        """Copies the tensors there; gives their bytes."""
         with torch.no_grad():
             # One call: ten thousand small ones would take longer than the copies.
-            torch._foreach_copy_(pieces, [self._tensors[name] for name in names])  # type: ignore[reportPrivateImportUsage]
-        return [blake3(one.data, max_threads=blake3.AUTO).hexdigest() for one in raw]
+            torch._foreach_copy_(cut.tensors, [self._tensors[name] for name in self.buckets[index]])  # type: ignore[reportPrivateImportUsage]
+        return cut.raw
 
-    def _offsets(self, names: list[str]) -> list[int]:
-        """Where each tensor of a bucket begins, and where the last one ends."""
-        return np.concatenate([[0], np.cumsum([_aligned(nbytes(self._tensors[name])) for name in names])]).tolist()
+    def _length(self, index: int) -> int:
+        return self._headers[index].offsets[-1] + _aligned(self._sizes[index][-1])
 
-    def _bytes(self, name: str) -> Tensor:
-        return self._tensors[name].detach().contiguous().flatten().view(torch.uint8)
+    def _header(self, index: int) -> Bucket:
+        names, sizes = self.buckets[index], self._sizes[index]
+        shapes, dtypes = zip(*(self.manifest[name] for name in names), strict=True)
+        offsets = [0, *np.cumsum([_aligned(size) for size in sizes[:-1]]).tolist()]
+        return Bucket(tuple(names), shapes, dtypes, tuple(offsets), ("",) * len(names), np.zeros(0, np.uint8))
 
-    def _bucket(self, names: list[str], offsets: list[int], digests: list[str], data: np.ndarray | None = None) -> Bucket:
-        return Bucket(
-            names=tuple(names),
-            shapes=tuple(self.manifest[name][0] for name in names),
-            dtypes=tuple(self.manifest[name][1] for name in names),
-            offsets=tuple(offsets),
-            digests=tuple(digests),
-            data=np.zeros(0, np.uint8) if data is None else data,
-        )
+
+@dataclass(frozen=True)
+class Cut:
+    """A buffer in pieces: as tensors of their shape and dtype, and as bytes."""
+
+    tensors: list[Tensor]
+    raw: list[Tensor]
+
+
+def digests_of(pieces: list[Tensor]) -> tuple[str, ...]:
+    """One a piece (uint8). Threads only where they help: starting them costs more than to hash a small one."""
+    threads = [blake3.AUTO if len(piece) > 1 << 20 else 1 for piece in pieces]
+    return tuple(blake3(piece.cpu().numpy().data, max_threads=count).hexdigest() for piece, count in zip(pieces, threads, strict=True))
 
 
 def gathered(engine: Any, tensors: list[Tensor], writing: bool = False) -> Any:
@@ -167,7 +173,7 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def nbytes(tensor: Tensor) -> int:
-    return int(np.prod(shape_of(tensor), dtype=np.int64)) * tensor.element_size()
+    return math.prod(shape_of(tensor)) * tensor.element_size()
 
 
 def _aligned(size: int) -> int:

@@ -10,7 +10,8 @@ import blake3
 
 def digest(data: Any) -> str:
     """Hex digest (BLAKE3) of a buffer's bytes."""
-    return blake3.blake3(data, max_threads=blake3.blake3.AUTO).hexdigest()
+    threads = blake3.blake3.AUTO if len(data) > 1 << 20 else 1  # starting them costs more than to hash a small one
+    return blake3.blake3(data, max_threads=threads).hexdigest()
 
 
 def fingerprint(digests: Mapping[str, str]) -> str:

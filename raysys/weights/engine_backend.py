@@ -22,6 +22,7 @@ from raysys.batch import UNDER_WAY
 from raysys.weights.digest import digest
 from raysys.weights.ipc import Handle
 
+Laid = list[tuple[str, Tensor]]
 BACKEND = "raysys_shared_memory"
 IPC_BACKEND = "raysys_ipc"
 
@@ -53,7 +54,8 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
     digests: dict[str, str]
     wrong: list[str]
     """Names in the newest bucket whose bytes are not those that left."""
-    _kept: dict[str, Tensor]
+    _maps: dict[str, tuple[Tensor, dict[str, Laid]]]
+    """Files that are written again and again: mapped once, and cut once for each bucket, by its first name."""
 
     def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
         return None
@@ -61,7 +63,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        self.digests, self.wrong, self._kept = {}, [], getattr(self, "_kept", {})
+        self.digests, self.wrong, self._maps = {}, [], getattr(self, "_maps", {})
         forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
 
@@ -71,22 +73,29 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
-        tensors = list(views(self._bytes(update_info), update_info))
-        arrived = {name: digest(tensor.reshape(-1).view(torch.uint8).numpy()) for name, tensor in tensors}
-        self.digests |= arrived
-        self.wrong = [name for name, sent in zip(update_info.names, update_info.digests, strict=True) if arrived[name] != sent]
+        tensors = self._laid(update_info)
+        arrived = [digest(tensor.reshape(-1).view(torch.uint8).numpy()) for _, tensor in tensors]
+        self.digests |= zip(update_info.names, arrived, strict=True)
+        sent = zip(update_info.names, arrived, update_info.digests, strict=True)
+        self.wrong = [name for name, mine, theirs in sent if mine != theirs]
         if self.wrong:
             return  # the receiver asks and says which: an exception would reach it as a line of text
         # The layerwise loader may keep tensors until a layer is whole, beyond the life of this mapping.
         model: Any = self.model
         model.load_weights((name, tensor.to(self.device, copy=True)) for name, tensor in tensors)
 
-    def _bytes(self, update_info: SharedMemoryUpdate) -> Tensor:
+    def _laid(self, update_info: SharedMemoryUpdate) -> Laid:
         if not update_info.stays:
-            return mapped(update_info.path)
-        if update_info.path not in self._kept:
-            self._kept = dict([*self._kept.items()][1 - UNDER_WAY :]) | {update_info.path: mapped(update_info.path)}
-        return self._kept[update_info.path]
+            return list(views(mapped(update_info.path), update_info))
+        if update_info.path not in self._maps:
+            for old in list(self._maps)[: len(self._maps) + 1 - UNDER_WAY]:
+                del self._maps[old]
+            self._maps[update_info.path] = (mapped(update_info.path), {})
+        data, cut = self._maps[update_info.path]
+        first = update_info.names[0]
+        if first not in cut:
+            cut[first] = list(views(data, update_info))
+        return cut[first]
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload

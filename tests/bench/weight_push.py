@@ -39,7 +39,7 @@ MODELS: dict[int, dict[str, Any]] = {
     1_000_000: {"hidden_size": 128, "layers": 5, "heads": 4, "kv_heads": 4, "ffn_size": 384},
     30_000_000: {"hidden_size": 512, "layers": 9, "heads": 16, "kv_heads": 16, "ffn_size": 1536},
 }
-PAGE = 1024  # float32 numbers in a page of memory
+PAGE = 4096
 
 
 def run(parameters: list[int], tensors: list[int], ways: list[str], engines: list[int], bucket_mib: int, repeats: int) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def run(parameters: list[int], tensors: list[int], ways: list[str], engines: lis
     from tests.bench.private_ray import private_ray
 
     with private_ray(cpus=4):
-        moved = [_moved(size, count, bucket_mib, repeats) for size in parameters for count in tensors]
+        moved = [_moved(way, size, count, bucket_mib, repeats) for size in parameters for count in tensors for way in ways]
         loaded = [_loaded(size, bucket_mib, repeats) for size in engines]
     return {"moved": moved, "loaded": loaded, "targets": {"ratio_at_300M": TARGET}}
 
@@ -76,7 +76,7 @@ def _moved(way: str, parameters: int, tensors: int, bucket_mib: int, repeats: in
                 ray.get([end.hashing.remote(on) for end in (source, sink)])
                 lap[name] = pusher.push(version).seconds["transfer"]
             lap["hash_trainer_s"], lap["hash_engine_s"] = ray.get([end.hashing.remote(False) for end in (source, sink)])
-            laps.append(lap | _parts(source, sink, bucket_mib, in_place))
+            laps.append(lap | _parts(source, sink, in_place))
     finally:
         ray.get([sink.close.remote(), source.close.remote()])
         for end in (source, sink):
@@ -164,11 +164,11 @@ def _pusher(source: Any, worker: Any, bucket_mib: int, in_place: bool) -> tuple[
     return pusher, planned(bucket_mib << 20)[1]
 
 
-def _parts(source: Any, sink: Any, bucket_mib: int, in_place: bool) -> dict[str, float]:
+def _parts(source: Any, sink: Any, in_place: bool) -> dict[str, float]:
     """Seconds of each part with one bucket under way at a time; `store` is Ray's: put, message, get."""
     import ray
 
-    manifest, count = ray.get(source.bucket_plan.remote(bucket_mib << 20))
+    manifest, count = ray.get(source.planned.remote())
     ray.get(sink.begin_update.remote(manifest))
     sums = dict.fromkeys([f"{part}_s" for part in PARTS], 0.0)
     for index in range(count):
@@ -230,6 +230,9 @@ class Source:
 
         self.close()
         self._plan = BucketPlan(SimpleNamespace(module=self._model, zero_optimization_stage=lambda: 0), max_bytes)
+        return self.planned()
+
+    def planned(self) -> tuple[Manifest, int]:
         return self._plan.manifest, len(self._plan.buckets)
 
     def close(self) -> None:
@@ -342,14 +345,16 @@ def serve(pipe: Any) -> None:
             digests = {}
         elif what == "update":
             path = payload["path"]
+            key = path, payload["names"][0]
             if path not in kept:
-                kept = {one: kept[one] for one in kept if payload["stays"]} | {path: mapped(path)}
-            for name, tensor in views(kept[path], SimpleNamespace(**payload)):
-                tensor.view(-1)[::PAGE].sum()
+                kept[path] = mapped(path)
+            if key not in kept:
+                kept[key] = list(views(kept[path], SimpleNamespace(**payload)))
+            kept[path][::PAGE].sum()
+            for name, tensor in kept[key]:
                 digests[name] = clock(tensor.view(-1).view(torch.uint8).numpy())
             if not payload["stays"]:
-                kept = {}
-            del tensor
+                del kept[path], kept[key]
         pipe.send(answer)
 
 

@@ -13,6 +13,7 @@ from raysys.config.parts import Deadlines, Rollout, Weights
 from raysys.config.runs import GopdConfig
 from raysys.errors import InfrastructureError
 from raysys.ledger import Ledger
+from raysys.processes import die_with_parent
 
 
 def main(arguments: list[str]) -> int:
@@ -24,6 +25,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--workers", default="2")
     parser.add_argument("--heartbeat", type=float, default=4.0)
+    parser.add_argument("--patience", type=float, default=6.0, help="seconds for trainer, scorer and push")
+    parser.add_argument("--device", default="cpu", help="gpu: an engine asks for a GPU that a node says it has")
+    parser.add_argument("--seats", type=int, default=16)
+    parser.add_argument("--release-after", type=float, default=None)
     parser.add_argument("--supervise", action="store_true")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
@@ -37,7 +42,7 @@ def main(arguments: list[str]) -> int:
             lambda: options.folder / "ledger" / "pulse",
             options.heartbeat,
         )
-    supervise.die_with_parent()
+    die_with_parent()
     return attempt(options)
 
 
@@ -56,7 +61,7 @@ def attempt(options: argparse.Namespace) -> int:
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
     from raysys.evaluation.during import NoEvaluation
     from raysys.loop import Parts, train
-    from raysys.report.live import Live
+    from raysys.report import live
     from raysys.rollout.pool import RolloutPool
     from raysys.rollout.source import OnPolicySource
     from raysys.rollout.spec import RolloutSpec, Sampling
@@ -64,14 +69,15 @@ def attempt(options: argparse.Namespace) -> int:
     from tests.chaos.parts import StormEngine, StormScorers, StormTrainer
     from tests.fakes import FakeObjective, FakePrompts, FileMetrics
 
-    deadlines = Deadlines(placement=30, start=60, generate=10, push=6, heartbeat=options.heartbeat)
+    live.EVERY_SECONDS = 0.3  # steps are short here
+    deadlines = Deadlines(placement=60, start=60, generate=max(10.0, options.patience), push=options.patience, heartbeat=options.heartbeat)
     workers = int(options.workers) if options.workers.isdigit() else options.workers
-    config = Rollout(workers=workers, max_sequences=16, retries=20, restarts=10)
-    spec = RolloutSpec("storm", "cpu", "float32", 64, config)
+    config = Rollout(workers=workers, max_sequences=options.seats, retries=20, restarts=10, release_after=options.release_after)
+    spec = RolloutSpec("storm", options.device, "float32", 64, config, log_dir=str(options.folder))
     try:
         with supervise.beating(options.folder / "ledger" / "pulse"), RolloutPool(config, spec, deadlines, worker=StormEngine) as pool:
             pool.start()
-            trainer = StormTrainer(moving=options.max_age == 0)
+            trainer = StormTrainer(options.max_age == 0, options.patience, options.folder / "pace")
             source = OnPolicySource(FakePrompts(), pool, 2, Sampling(max_tokens=6, seed=0), order=options.order)
             if ledger.resume_point is not None:
                 trainer.load(str(ledger.resume_point / "trainer"))
@@ -84,8 +90,9 @@ def attempt(options: argparse.Namespace) -> int:
                 def push(self, version: int) -> dict[str, object]:
                     return {"fingerprint": pusher.push(version).fingerprint}
 
-            parts = Parts(source, StormScorers(), FakeObjective(), trainer, Pushes(), ledger, NoEvaluation(), FileMetrics(options.folder))  # type: ignore[arg-type]
-            with Live(options.folder, "storm", lambda: {"phase": parts.watch.phase, "pool": pool.status(), "source": source.status()}):
+            scorers, metrics = StormScorers(options.patience), FileMetrics(options.folder)
+            parts = Parts(source, scorers, FakeObjective(), trainer, Pushes(), ledger, NoEvaluation(), metrics)  # type: ignore[arg-type]
+            with live.Live(options.folder, "storm", lambda: {"phase": parts.watch.phase, "pool": pool.status(), "source": source.status()}):
                 end = train(parts, steps=options.steps, batch=options.batch, max_age=options.max_age, checkpoint_every=2)
             trainer.save(str(options.folder / "export" / "trainer"))
             (options.folder / "recovered.json").write_text(json.dumps(source.counts()))

@@ -22,7 +22,6 @@ from raysys.rollout.spec import RolloutSpec, Sampling
 from raysys.runtime import get
 
 SIZE = 32
-TIMEOUT = 6.0
 
 
 def mark(weights: np.ndarray) -> int:
@@ -36,11 +35,17 @@ def logprobs(weights: np.ndarray, ids: Any) -> np.ndarray:
 
 
 class StormEngine(Serving):
-    """An engine whose sample takes a random time and says, token by token, which weights it was drawn with."""
+    """An engine whose sample takes a random time and says, token by token, which weights it was drawn with.
+
+    While there is a file `hold` in the run's folder no token comes.
+    """
 
     def __init__(self, spec: RolloutSpec, rank: int):
         super().__init__(spec.config.max_sequences)
+        self._hold = Path(spec.log_dir or ".") / "hold"
         self._weights, self._coming = np.zeros(SIZE), np.zeros(SIZE)
+        self._gate = asyncio.Event()
+        self._gate.set()
 
     async def start(self) -> dict[str, Any]:
         return {"vllm": "storm", "revision": "0", "pid": os.getpid(), "vocabulary": 2**16, "kv_tokens": 400}
@@ -49,11 +54,14 @@ class StormEngine(Serving):
         return {"vocabulary": 100, "length": 16}
 
     async def respond(self, ids: np.ndarray, sampling: Sampling, seed: int) -> Response:
+        await self._gate.wait()
         rng = np.random.default_rng(seed)
         tokens: list[int] = []
         spans: list[int] = []
         for _ in range(int(rng.integers(1, 6))):
             await asyncio.sleep(float(rng.exponential(0.01)))
+            while self._hold.exists():
+                await asyncio.sleep(0.02)
             if not spans or spans[-1] != self._version:
                 spans += [len(tokens), self._version]
             tokens.append(mark(self._weights))
@@ -61,6 +69,7 @@ class StormEngine(Serving):
 
     async def begin_update(self, manifest: Any) -> None:
         self._coming = np.full(SIZE, np.nan)
+        self._gate.clear()  # as the real worker: samples in progress go on, new ones wait
 
     async def update(self, bucket: Bucket) -> None:
         await asyncio.sleep(0.01)
@@ -68,6 +77,7 @@ class StormEngine(Serving):
 
     async def finish_update(self, version: int) -> dict[str, str]:
         self._weights, self._version = self._coming, version
+        self._gate.set()
         return {"w": str(mark(self._weights))}
 
     async def probe(self, ids: list[int]) -> np.ndarray:
@@ -81,10 +91,10 @@ class StormEngine(Serving):
 
 
 class StormTrainerRank:
-    """Weights that every batch moves, and the memory of what each version was."""
+    """Weights that every batch moves, and the memory of what each version was. The file `pace` says how many seconds a step takes."""
 
-    def __init__(self, moving: bool):
-        self._weights, self._steps, self._moving = np.linspace(0, 1, SIZE), 0, moving
+    def __init__(self, moving: bool, pace: Path):
+        self._weights, self._steps, self._moving, self._pace = np.linspace(0, 1, SIZE), 0, moving, pace
         self._marks = {0: mark(self._weights)}
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -93,7 +103,9 @@ class StormTrainerRank:
             for start, end, version in zip(starts, [*starts[1:], len(ids)], versions, strict=True):
                 if version in self._marks and set(ids[start:end].tolist()) != {self._marks[version]}:
                     raise DataError(f"sample {batch.ids[row]} says weights {version}, and was drawn with others")
-        time.sleep(0.05)
+        began = time.monotonic()
+        while time.monotonic() - began < self._seconds():
+            time.sleep(0.01)
         text = "".join(
             f"{name}:{ids.tolist() if self._moving else ''};" for name, ids in zip(batch.ids, batch.ragged("response_ids").rows())
         )
@@ -102,6 +114,13 @@ class StormTrainerRank:
         self._steps += 1
         self._marks[self._steps] = mark(self._weights)
         return {"loss": float(self._weights.sum())}
+
+    def _seconds(self) -> float:
+        """Read again and again, so that a test can end a long step."""
+        try:
+            return float(self._pace.read_text())
+        except (OSError, ValueError):
+            return 0.05
 
     def bucket(self) -> Bucket:
         data = self._weights.view(np.uint8)
@@ -121,14 +140,15 @@ class StormTrainerRank:
 
 
 class StormTrainer:
-    """The rank as the loop and the pusher see it."""
+    """The rank as the loop and the pusher see it. It may take `patience` seconds for anything."""
 
-    def __init__(self, moving: bool):
-        self._rank: Any = ray.remote(StormTrainerRank).remote(moving)
+    def __init__(self, moving: bool, patience: float, pace: Path):
+        self._rank: Any = ray.remote(StormTrainerRank).remote(moving, pace)
+        self._patience = patience
 
     def _call(self, method: str, *arguments: Any) -> Any:
         ref = getattr(self._rank, method).remote(*arguments)
-        return get(ref, timeout=TIMEOUT, actor="trainer rank 0", operation=method, knob="deadlines.train")
+        return get(ref, timeout=self._patience, actor="trainer rank 0", operation=method, knob="deadlines.train")
 
     def step(self, batch: Batch) -> dict[str, float]:
         return self._call("step", batch)
@@ -142,7 +162,10 @@ class StormTrainer:
     def bucket_plan(self, max_bytes: int) -> tuple[dict[str, Any], int]:
         return {"w": ((SIZE,), "float64")}, 1
 
-    def gather_bucket(self, index: int) -> Any:
+    def memory(self) -> str:
+        return ""
+
+    def gather_bucket(self, index: int, in_place: bool = False) -> Any:
         return self._rank.bucket.remote()
 
     def probe_logprobs(self, ids: Any) -> np.ndarray:
@@ -160,8 +183,9 @@ class StormScorer:
 class StormScorers:
     """A scorer that is replaced when it dies, as `raysys.scoring.group` does it."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float) -> None:
         self._actor: Any = ray.remote(StormScorer).remote()
+        self._patience = patience
 
     def annotate(self, batch: Batch, queries: Any = None) -> Batch:
         from raysys.errors import InfrastructureError
@@ -169,7 +193,7 @@ class StormScorers:
         for _ in range(3):
             try:
                 ref = self._actor.score.remote(batch)
-                return get(ref, timeout=TIMEOUT, actor="scorer 0", operation="score", knob="deadlines.score")
+                return get(ref, timeout=self._patience, actor="scorer 0", operation="score", knob="deadlines.score")
             except InfrastructureError:
                 ray.kill(self._actor)
                 self._actor = ray.remote(StormScorer).remote()
