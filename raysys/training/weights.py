@@ -104,9 +104,10 @@ class BucketPlan:
         bucket = self._headers[index]
         raw = [room[start : start + size] for start, size in zip(bucket.offsets, self._sizes[index], strict=True)]
         kinds = zip(raw, bucket.dtypes, bucket.shapes, strict=True)
-        return Cut([one.view(getattr(torch, dtype)).view(shape) for one, dtype, shape in kinds], raw)
+        tensors = [one.view(getattr(torch, dtype)).view(shape) for one, dtype, shape in kinds]
+        return Cut(tensors, raw if room.is_cuda else [one.numpy() for one in raw])
 
-    def _fill(self, index: int, cut: Cut) -> list[Tensor]:
+    def _fill(self, index: int, cut: Cut) -> list[Any]:
         """Copies the tensors there; gives their bytes."""
         with torch.no_grad():
             # One call: ten thousand small ones would take longer than the copies.
@@ -128,13 +129,14 @@ class Cut:
     """A buffer in pieces: as tensors of their shape and dtype, and as bytes."""
 
     tensors: list[Tensor]
-    raw: list[Tensor]
+    raw: list[Any]
+    """uint8; numpy arrays where the host can read them, else tensors."""
 
 
-def digests_of(pieces: list[Tensor]) -> tuple[str, ...]:
-    """One a piece (uint8). Threads only where they help: starting them costs more than to hash a small one."""
-    threads = [blake3.AUTO if len(piece) > 1 << 20 else 1 for piece in pieces]
-    return tuple(blake3(piece.cpu().numpy().data, max_threads=count).hexdigest() for piece, count in zip(pieces, threads, strict=True))
+def digests_of(pieces: list[Any]) -> tuple[str, ...]:
+    """One a piece (see `Cut`). Threads only where they help: starting them costs more than to hash a small one."""
+    read = [piece.cpu().numpy() if isinstance(piece, Tensor) else piece for piece in pieces]
+    return tuple(blake3(one.data, max_threads=blake3.AUTO if len(one) > 1 << 20 else 1).hexdigest() for one in read)
 
 
 def gathered(engine: Any, tensors: list[Tensor], writing: bool = False) -> Any:

@@ -22,7 +22,8 @@ from raysys.batch import UNDER_WAY
 from raysys.weights.digest import digest
 from raysys.weights.ipc import Handle
 
-Laid = list[tuple[str, Tensor]]
+Laid = list[tuple[str, Tensor, Any]]
+"""Name, tensor in place, its bytes as a numpy array."""
 BACKEND = "raysys_shared_memory"
 IPC_BACKEND = "raysys_ipc"
 
@@ -74,7 +75,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
 
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
         tensors = self._laid(update_info)
-        arrived = [digest(tensor.reshape(-1).view(torch.uint8).numpy()) for _, tensor in tensors]
+        arrived = [digest(raw) for _, _, raw in tensors]
         self.digests |= zip(update_info.names, arrived, strict=True)
         sent = zip(update_info.names, arrived, update_info.digests, strict=True)
         self.wrong = [name for name, mine, theirs in sent if mine != theirs]
@@ -82,11 +83,11 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
             return  # the receiver asks and says which: an exception would reach it as a line of text
         # The layerwise loader may keep tensors until a layer is whole, beyond the life of this mapping.
         model: Any = self.model
-        model.load_weights((name, tensor.to(self.device, copy=True)) for name, tensor in tensors)
+        model.load_weights((name, tensor.to(self.device, copy=True)) for name, tensor, _ in tensors)
 
     def _laid(self, update_info: SharedMemoryUpdate) -> Laid:
         if not update_info.stays:
-            return list(views(mapped(update_info.path), update_info))
+            return laid(mapped(update_info.path), update_info)
         if update_info.path not in self._maps:
             for old in list(self._maps)[: len(self._maps) + 1 - UNDER_WAY]:
                 del self._maps[old]
@@ -94,7 +95,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         data, cut = self._maps[update_info.path]
         first = update_info.names[0]
         if first not in cut:
-            cut[first] = list(views(data, update_info))
+            cut[first] = laid(data, update_info)
         return cut[first]
 
     def finish_weight_update(self) -> None:
@@ -159,6 +160,11 @@ def views(data: Tensor, layout: Any) -> Iterator[tuple[str, Tensor]]:
         kind = getattr(torch, dtype)
         size = int(torch.Size(shape).numel()) * kind.itemsize
         yield name, data[offset : offset + size].view(kind).view(tuple(shape))
+
+
+def laid(data: Tensor, layout: Any) -> Laid:
+    """`views` of bytes that the host can read."""
+    return [(name, tensor, tensor.reshape(-1).view(torch.uint8).numpy()) for name, tensor in views(data, layout)]
 
 
 def forget_packed_experts(model: torch.nn.Module) -> None:

@@ -330,10 +330,9 @@ class Sink:
 
 def serve(pipe: Any) -> None:
     """The engine's stand-in: maps, touches and hashes what it is told of, with the engine's own functions."""
-    import torch
 
     from raysys.weights.digest import digest
-    from raysys.weights.engine_backend import mapped, views
+    from raysys.weights.engine_backend import laid, mapped
 
     clock, digests, kept = Clock(digest, digest(b"")), {}, {}
     while True:
@@ -349,10 +348,10 @@ def serve(pipe: Any) -> None:
             if path not in kept:
                 kept[path] = mapped(path)
             if key not in kept:
-                kept[key] = list(views(kept[path], SimpleNamespace(**payload)))
+                kept[key] = laid(kept[path], SimpleNamespace(**payload))
             kept[path][::PAGE].sum()
-            for name, tensor in kept[key]:
-                digests[name] = clock(tensor.view(-1).view(torch.uint8).numpy())
+            for name, _, raw in kept[key]:
+                digests[name] = clock(raw)
             if not payload["stays"]:
                 del kept[path], kept[key]
         pipe.send(answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -12,10 +13,12 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from raysys.batch import Batch, Ragged
 from raysys.config.parts import Deadlines, Rollout
-from raysys.errors import DataError, InfrastructureError, PlacementError
+from raysys.errors import DataError, DeadlineError, InfrastructureError, PlacementError
+from raysys.rollout.members import Member
 from raysys.rollout.pool import RolloutPool
 from raysys.rollout.results import Result
 from raysys.rollout.serving import Response, Serving
@@ -106,6 +109,7 @@ def test_a_row_that_cannot_be_sampled_is_named_with_its_causes_and_the_others_go
         with pytest.raises(InfrastructureError, match="token ids from 5000 to 5000, the vocabulary has 1000"):
             group.generate(prompts([95]), SAMPLING)
         assert group.lost == 2, "a worker that answers nonsense is not believed again"
+        group.wait(lambda: bool(group.workers), "start", limit=60)  # two seconds are too few for a process to start
         assert len(group.generate(prompts([5, 6, 7]), SAMPLING)) == 3
 
 
@@ -157,6 +161,19 @@ def test_the_pool_grows_into_the_room_there_is_and_gives_it_back():
         assert len(group.generate(prompts([5, 6, 7]), SAMPLING)) == 3 and not inbox
 
 
+def test_a_worker_that_has_a_little_to_do_now_and_then_is_kept():
+    with pool("1..2", release_after=1.5) as group:
+        group.start()
+        tickets = group.submit(prompts([98] * 200), SAMPLING, deque())
+        group.wait(lambda: len([worker for worker in group.workers if worker.state == "ready"]) == 2, "start")
+        group.cancel(tickets)
+        names = {worker.name for worker in group.workers}
+        for _ in range(8):  # a moment's work, and longer than `release_after` in all
+            assert len(group.generate(prompts(list(range(3, 20))), SAMPLING)) == 17
+            time.sleep(0.4)
+        assert {worker.name for worker in group.workers} == names
+
+
 class Odd(Echo):
     """The second worker of a pool runs another vLLM; the third another model."""
 
@@ -188,6 +205,38 @@ def test_no_room_is_a_placement_error():
     told = r"no place for rollout: asked for .* \d\d bundles \(\d+ workers have theirs\), waited 1 s"
     with pool(64, placement=1.0) as group, pytest.raises(PlacementError, match=told):
         group.start()
+
+
+def test_a_place_that_is_there_is_seen_every_time():
+    config = Rollout()
+    member = Member(0, RolloutSpec(model="m", device="cpu", dtype="float32", max_model_len=32, config=config), Echo, 0.0)
+    until = time.monotonic() + 30
+    while not member.placed(now := time.monotonic()) and now < until:
+        time.sleep(0.1)
+    assert all(member.placed(now + second) for second in range(1, 50)), "each look must find it, however slow the cluster answers"
+    member.kill()
+
+
+def test_an_autoscaler_that_never_delivers_is_one_warning_and_the_run_goes_on(caplog):
+    rest = int(ray.cluster_resources()["CPU"]) - 1
+    others = placement_group([{"CPU": 1.0}] * rest)
+    try:
+        assert others.wait(30)
+        until = time.monotonic() + 30
+        while ray.available_resources().get("CPU", 0) < 1 and time.monotonic() < until:  # the last pool's processes are on their way out
+            time.sleep(0.1)
+        with pool("1..4", placement=4.0) as group:
+            group.start()
+            assert len(group.generate(prompts([5, 6, 7]), SAMPLING)) == 3  # from here on it wants four
+            with contextlib.suppress(DeadlineError):
+                group.wait(lambda: False, "grow", limit=6.0)
+            assert len(group.generate(prompts([5, 6, 7]), SAMPLING)) == 3 and len(group.workers) == 1
+    finally:
+        remove_placement_group(others)
+    (told,) = [record.getMessage() for record in caplog.records if "no place" in record.getMessage()]
+    assert "still no place for rollout: asked for {'CPU': 3.0} as 3 bundles (1 workers have theirs), waited 4 s" in told
+    assert "cluster has {'CPU': 16.0}, free {}" in told, "without the names of placement groups"
+    assert "raise deadlines.placement. The run goes on" in told
 
 
 def test_the_source_gives_whole_groups_and_keeps_the_cursor():
