@@ -6,11 +6,12 @@ This and `jobs/` are the only places, with `loop.py` and `cli.py`, that know mor
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from raysys.batch import Batch
@@ -211,11 +212,23 @@ class Pushes:
 
 
 def start_all(**starts: Callable[[], Any]) -> None:
-    """Starts rooms side by side (imports dominate) and raises the first failure."""
-    with ThreadPoolExecutor(len(starts)) as threads:
-        log.info("starting %s", ", ".join(starts))
-        for future in [threads.submit(start) for start in starts.values()]:
-            future.result()
+    """Starts rooms side by side (imports dominate). Raises the first failure when it comes; the others keep nobody from leaving."""
+    ended: SimpleQueue[Exception | None] = SimpleQueue()
+
+    def run(start: Callable[[], Any]) -> None:
+        try:
+            start()
+            ended.put(None)
+        except Exception as error:
+            ended.put(error)
+
+    log.info("starting %s", ", ".join(starts))
+    for name, start in starts.items():
+        threading.Thread(target=run, args=(start,), name=f"start-{name}", daemon=True).start()
+    for _ in starts:
+        error = ended.get()  # each start has deadlines of its own
+        if error is not None:
+            raise error
 
 
 def resume(session: Session, trainer: TrainerGroup, source: Any) -> None:

@@ -290,6 +290,7 @@ class Audience:
         ray.wait(everyone, num_returns=len(everyone), timeout=self._timeout, fetch_local=False)
         late = [ref for ref in needed if not ray.wait([ref], timeout=0, fetch_local=False)[0]]
         if late:
+            self._raise_failure(refs)  # whoever died is why the trainer waits
             raise DeadlineError("the trainer", f"give its part of '{operation}'", self._timeout, "deadlines.push")
         answers: dict[Any, Any] = {}
         if isinstance(wait_for, list):
@@ -308,6 +309,11 @@ class Audience:
                     self._get(needed[0], "the trainer", operation)  # raises, if the end that has no name was the trainer's
                 self._give_up(member, error.message)
         return answers
+
+    def _raise_failure(self, refs: dict[Any, Any]) -> None:
+        for member, ref in refs.items():
+            if ray.wait([ref], timeout=0, fetch_local=False)[0]:
+                self._get(ref, member.name, "update")
 
     def _its_own(self, member: Any, error: InfrastructureError) -> bool:
         """Whether an error is the end of this worker, not of the trainer whose echo it may be, and no word about the weights."""
