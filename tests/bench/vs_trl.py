@@ -33,18 +33,16 @@ from typing import Any
 import psutil
 import yaml
 
-from tests.bench.overhead import SIZES as LARGE
-
 ROOT = Path(__file__).resolve().parents[2]
 PEER = ROOT / ".venv-trl"
 PINS = ("trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "multiprocess==0.70.19", "xxhash==4.1.0")
 SMALL = {"hidden_size": 256, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 64, "ffn_size": 768, "initializer_range": 0.06}
 DEFAULTS: dict[str, Any] = {
-    "models": {"quickstart": {}, "small": SMALL, "large": LARGE},
+    "models": {"quickstart": {}, "small": SMALL},
     "batch": 64,
     "prompt_tokens": 16,
     "response_tokens": 48,
-    "steps": {"quickstart": 20, "small": 10, "large": 6},
+    "steps": {"quickstart": 20, "small": 10},
     "skip": 2,
     "rounds": 1,
     "threads": 2,
