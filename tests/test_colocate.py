@@ -45,17 +45,6 @@ def job(folder: Path, **more: Any) -> dict[str, Any]:
     return gopd(folder / "student", {"rev": folder / "teacher"}, {"rev": REV}, batch=32, **more)
 
 
-@pytest.mark.e2e
-@pytest.mark.timeout(800)
-def test_without_gpus_taking_turns_changes_nothing(ray_head: Any, tmp_path: Path):
-    from tests.e2e.test_gopd import Workplace
-
-    place, config = Workplace(tmp_path, ray_head), job(tmp_path, steps=3)
-    for name, colocate in (("together", "true"), ("apart", "false")):
-        place.run("gopd", name, config, f"colocate={colocate}")
-    assert len(place.metrics("together")) == 3 and place.metrics("together") == place.metrics("apart")
-
-
 @pytest.mark.gpu
 @pytest.mark.e2e
 @pytest.mark.timeout(1500)

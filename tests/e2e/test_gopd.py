@@ -174,11 +174,14 @@ def test_the_export_gives_the_same_answers_in_stock_transformers_and_stock_vllm(
 
 
 def test_kill_nine_of_anything_changes_nothing(place: Workplace, tied: Path) -> None:
-    """Two teachers, tied embeddings, ExOPD. All of the run is killed at once, then one part after another, and it goes on by itself."""
+    """Two teachers, tied embeddings, ExOPD. All of the run is killed at once, then one part after another, and it goes on by itself.
+
+    The undisturbed run is a colocated one: where engine and trainer live changes nothing either.
+    """
     other = place.run("sft", "other", sft(True, {"rev": REV}, steps=5, student=str(tied / "export"), seed=3))
     config = gopd(tied, {"add": tied, "rev": other}, {"add": ADD, "rev": REV}, reward_scale=1.25, reference=str(tied / "export"))
     config |= {"steps": 24, "checkpoint_every": 2, "batch": 32}
-    calm = place.run("gopd", "calm", config)
+    calm = place.run("gopd", "calm", config, "colocate=true")
     run = place.reach("killed", config, 3)
     run.kill()  # the supervisor, and with it the driver
     run.wait()
