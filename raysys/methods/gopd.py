@@ -22,6 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from raysys.methods.tensors import check_shapes, compute_dtype, real_mask
+
 Aggregation = Literal["token", "sequence_token_mean", "sequence_token_sum"]
 AGGREGATIONS: tuple[Aggregation, ...] = ("token", "sequence_token_mean", "sequence_token_sum")
 LOG_RATIO_BOUND = 20.0
@@ -42,10 +44,10 @@ def advantage(student: Tensor, teacher: Tensor, reference: Tensor | None = None,
         ValueError: shapes differ, reward_scale is negative or not finite, or it is not 1 and there is no reference.
     """
     _check_number("reward_scale", reward_scale, low=0.0)
-    _check_shapes("student", student, teacher=teacher, reference=reference)
+    check_shapes("student", student, teacher=teacher, reference=reference)
     if reward_scale != 1 and reference is None:
         raise ValueError(f"reference is needed for reward_scale={reward_scale:g}: without one this would be plain distillation")
-    dtype = _compute_dtype(student, teacher, reference)
+    dtype = compute_dtype(student, teacher, reference)
     student, teacher = student.detach().to(dtype), teacher.detach().to(dtype)
     if reward_scale == 1 or reference is None:
         return teacher - student
@@ -70,9 +72,9 @@ def importance_weights(trainer: Tensor, rollout: Tensor, mask: Tensor, cap: floa
         ValueError: shapes differ, the mask holds something else than 0 and 1, or cap is not positive.
     """
     _check_number("cap", cap, low=0.0, above=True, infinite=True)
-    _check_shapes("trainer", trainer, rollout=rollout)
-    real = _real(mask, "trainer", trainer)
-    dtype = _compute_dtype(trainer, rollout)
+    check_shapes("trainer", trainer, rollout=rollout)
+    real = real_mask(mask, "trainer", trainer)
+    dtype = compute_dtype(trainer, rollout)
     gap = torch.where(real, trainer.detach().to(dtype) - rollout.detach().to(dtype), 0.0)
     return torch.where(real, gap.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp().clamp(max=cap), 0.0)
 
@@ -115,9 +117,9 @@ def policy_loss(
     _check_number("dual_clip", dual_clip, low=1.0, above=True, infinite=True)
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation must be one of {', '.join(AGGREGATIONS)}, got {aggregation!r}")
-    _check_shapes("logprobs", logprobs, old_logprobs=old_logprobs, advantages=advantages, weights=weights)
-    real = _real(mask, "logprobs", logprobs)
-    dtype = _compute_dtype(logprobs, old_logprobs, advantages, weights)
+    check_shapes("logprobs", logprobs, old_logprobs=old_logprobs, advantages=advantages, weights=weights)
+    real = real_mask(mask, "logprobs", logprobs)
+    dtype = compute_dtype(logprobs, old_logprobs, advantages, weights)
 
     def kept(values: Tensor) -> Tensor:
         return torch.where(real, values.to(dtype), 0.0)
@@ -155,32 +157,6 @@ def _metrics(log_ratio: Tensor, gain: Tensor, real: Tensor, clip_low: float, cli
         "dual_clip_fraction": share((gain < 0) & (ratio > dual_clip)),
         "approx_kl": share(-log_ratio),
     }
-
-
-def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    return torch.float64 if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
-def _check_shapes(first_name: str, first: Tensor, **others: Tensor | None) -> None:
-    if first.dim() != 2:
-        raise ValueError(f"{first_name} must be [B, R], got shape {list(first.shape)}")
-    for name, tensor in {first_name: first, **others}.items():
-        if tensor is None:
-            continue
-        if tensor.shape != first.shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, {first_name} has {list(first.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating, got {tensor.dtype}")
-
-
-def _real(mask: Tensor, like_name: str, like: Tensor) -> Tensor:
-    """The mask as bool."""
-    if mask.shape != like.shape:
-        raise ValueError(f"mask has shape {list(mask.shape)}, {like_name} has {list(like.shape)}")
-    real = mask != 0
-    if mask.dtype != torch.bool and not bool((real == mask).all()):
-        raise ValueError(f"mask must hold 0 and 1 only, got {mask[real != mask].flatten()[0].item()}")
-    return real
 
 
 def _check_number(name: str, value: float, *, low: float, above: bool = False, infinite: bool = False) -> None:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from raysys.methods.tensors import check_chunk, check_ids, chunks, compute_dtype
+
 # Logits that exist at once. On CPU a block should stay in cache between its passes, on a GPU it should fill the device.
 CPU_BLOCK = 2**19
 GPU_BLOCK = 2**24
@@ -116,12 +118,12 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _normalise(hidden: Tensor, unembedding: Tensor, bias: Tensor | None, ids: Tensor, temperature: float, chunk: int, entropy: bool):
     """Logits of `ids` [N, K], log of the normaliser [N], entropy [N] (empty unless asked for)."""
-    n, dtype, tiny = len(hidden), _wide(hidden), torch.finfo(_wide(hidden)).min
+    n, dtype, tiny = len(hidden), compute_dtype(hidden), torch.finfo(compute_dtype(hidden)).min
     selected = hidden.new_zeros(ids.shape, dtype=dtype)
     peak = hidden.new_full((n,), tiny, dtype=dtype)
     mass, moment = hidden.new_zeros(n, dtype=dtype), hidden.new_zeros(n, dtype=dtype)  # sum e^(z-peak), sum (z-peak) e^(z-peak)
     for start, stop in _vocabulary_blocks(hidden, unembedding, chunk):
-        for rows in _position_chunks(n, chunk):
+        for rows in chunks(n, chunk):
             block = _logits(hidden[rows], unembedding[start:stop], None if bias is None else bias[start:stop], temperature)
             local, inside = _inside(ids[rows], start, stop)
             selected[rows] = torch.where(inside, block.gather(1, local), selected[rows])
@@ -158,12 +160,12 @@ def _gradients(
     to_bias = torch.empty_like(bias) if bias is not None and wanted[2] else None
     grad = grad / temperature
     total = grad.sum(1, keepdim=True).neg_()
-    chunks = _position_chunks(len(hidden), chunk)
+    parts = chunks(len(hidden), chunk)
     for start, stop in _vocabulary_blocks(hidden, unembedding, chunk):
         weight = unembedding[start:stop]
-        weight_sum = hidden.new_zeros(weight.shape, dtype=dtype) if to_unembedding is not None and len(chunks) != 1 else None
+        weight_sum = hidden.new_zeros(weight.shape, dtype=dtype) if to_unembedding is not None and len(parts) != 1 else None
         bias_sum = hidden.new_zeros(stop - start, dtype=dtype) if to_bias is not None else None
-        for rows in chunks:
+        for rows in parts:
             block = _logits(hidden[rows], weight, None if bias is None else bias[start:stop], temperature)
             block.sub_(log_z[rows, None]).exp_().mul_(total[rows])
             local, inside = _inside(ids[rows], start, stop)
@@ -195,7 +197,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    dtype = _wide(left)
+    dtype = compute_dtype(left)
     if left.dtype == dtype:
         return left @ right
     if left.is_cuda:  # the product's own float32 accumulator, not rounded on its way out
@@ -208,14 +210,6 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total += _product(left, right)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _position_chunks(n: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
 
 
 def _vocabulary_blocks(hidden: Tensor, unembedding: Tensor, chunk: int) -> list[tuple[int, int]]:
@@ -248,9 +242,5 @@ def _check(hidden: Tensor, unembedding: Tensor, ids: Tensor, temperature: float,
             raise ValueError(f"{name} is {tensor.dtype}, hidden is {hidden.dtype}; give both in one dtype")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    if isinstance(chunk_tokens, bool) or not isinstance(chunk_tokens, int) or chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be a positive integer, got {chunk_tokens}")
-    if ids.numel():
-        low, high = (int(bound) for bound in torch.aminmax(ids))
-        if low < 0 or high >= len(unembedding):
-            raise ValueError(f"ids must lie in [0, {len(unembedding)}), got {low if low < 0 else high}")
+    check_chunk(chunk_tokens)
+    check_ids("ids", ids, len(unembedding))

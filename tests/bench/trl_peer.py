@@ -20,7 +20,8 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
     """Trains, and returns the seconds of each step, those of its generation, the responses' mean length, the losses and TRL's version.
 
     Args:
-        settings: student, teacher, prompts (a JSONL file), folder, batch, steps, response_tokens, context, learning_rate, weight_decay,
+        settings: student, teacher, prompts (a JSONL file), folder, batch, micro_rows, steps, response_tokens,
+            context, learning_rate, weight_decay,
             threads, vllm (generate with TRL's colocated engine), engine_dtype (null: what TRL leaves to vLLM).
     """
     # What this run does not use shall not cost it memory: TRL and accelerate import whatever they find.
@@ -85,7 +86,8 @@ def arguments(settings: dict[str, Any]) -> dict[str, Any]:
     """Arguments of TRL's `DistillationConfig`."""
     return {
         "output_dir": settings["folder"],
-        "per_device_train_batch_size": settings["batch"],
+        "per_device_train_batch_size": settings["micro_rows"],
+        "gradient_accumulation_steps": settings["batch"] // settings["micro_rows"],  # responses are still generated all at once
         "max_steps": settings["steps"],
         "max_completion_length": settings["response_tokens"],
         "beta": 1.0,  # reverse KL

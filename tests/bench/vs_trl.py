@@ -1,8 +1,9 @@
 """The same on-policy distillation through raysys and through TRL's `DistillationTrainer`: response tokens a second and peak memory.
 
-Same student, teacher, prompts, batch, number of updates, float32, CPU and threads. The end token of these models is never drawn, so
-both sides generate the same number of tokens, which is checked; it is the case that suits generation in one padded block best.
-raysys takes the reverse KL on the sampled tokens, TRL over the whole vocabulary (98 here, so that this costs nothing).
+Same student, teacher, prompts, batch, tokens of a micro-batch, number of updates, float32, CPU and threads. `quickstart` and `small` never
+draw their end token: all responses are equally long, which suits generation in one padded block best. `uneven` has a vocabulary of
+today's size, and ends with the same probability after every token: its lengths are spread as those of real responses are (geometric: the
+99th percentile is 6.6 times the median). raysys takes the reverse KL on the sampled tokens, TRL over the whole vocabulary, in chunks.
 
 TRL (Apache-2.0) generates with a vLLM of its own process if it can. It cannot with float32 on CPU: the engine starts, and TRL's way of
 giving it new weights fails, because vLLM packs linear weights there; TRL's server mode wants CUDA for the weights. `auto` tries once,
@@ -14,35 +15,50 @@ Memory is the proportional resident size (shared pages count once) of all proces
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 import venv
-from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
+
+from tests.bench.peak import end, peak_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 PEER = ROOT / ".venv-trl"
 PINS = ("trl==1.16.0", "accelerate==1.15.0", "datasets==5.2.0", "multiprocess==0.70.19", "xxhash==4.1.0")
 SMALL = {"hidden_size": 256, "layers": 4, "heads": 4, "kv_heads": 4, "head_dim": 64, "ffn_size": 768, "initializer_range": 0.06}
+UNEVEN = {
+    "hidden_size": 320,
+    "layers": 6,
+    "heads": 5,
+    "kv_heads": 5,
+    "head_dim": 64,
+    "ffn_size": 960,
+    "initializer_range": 0.05,
+    "tied": False,
+}
 DEFAULTS: dict[str, Any] = {
-    "models": {"quickstart": {}, "small": SMALL},
+    "models": {
+        "quickstart": {"sizes": {}, "steps": 20},
+        "small": {"sizes": SMALL, "steps": 10},
+        "uneven": {"sizes": UNEVEN, "vocabulary": 49152, "mean_tokens": 96, "response_tokens": 512, "micro_rows": 8, "steps": 7},
+    },
     "batch": 64,
+    "micro_rows": 64,
     "prompt_tokens": 16,
     "response_tokens": 48,
-    "steps": {"quickstart": 20, "small": 10},
+    "mean_tokens": None,
+    "vocabulary": None,
+    "steps": 10,
     "skip": 2,
     "rounds": 1,
     "threads": 2,
@@ -51,35 +67,28 @@ DEFAULTS: dict[str, Any] = {
     "engine_dtype": "float32",
     "deadline": 600.0,
 }
-ROLES = {
-    "ray::RolloutWorker": "rollout actor",
-    "VLLM::": "engine core",
-    "ray::ScorerWorker": "scorer",
-    "ray::TrainerWorker": "trainer",
-    "ray::": "other Ray workers and agents",
-}
-KINDS = {"Pss": "pss", "Pss_Anon": "own", "Pss_File": "files", "Pss_Shmem": "shared"}
 NEVER = 1000.0
-LOOKING = 30
-"""The kernel walks all pages of a process to tell its share of them: of one core's time, one part in so many may go into that."""
+LUCK = 0.15
+"""How far the mean length of a side's responses may be from the one that was asked for, where lengths are drawn."""
 
 
-def run(models: dict[str, dict[str, Any]], steps: dict[str, int], generation: str, **work: Any) -> dict[str, Any]:
+def run(models: dict[str, dict[str, Any]], generation: str, **work: Any) -> dict[str, Any]:
     """Figures by model: each side's, and the ratios raysys / TRL.
 
     Args:
-        models: name to sizes, keys of `raysys.config.runs.NewModel`.
-        steps: updates of each model.
+        models: name to `sizes` (keys of `raysys.config.runs.NewModel`) and to what of `work` is different for it.
         generation: TRL's: `vllm`, `transformers`, or `auto`.
         work: the other keys of `DEFAULTS`. `rounds`: times that both sides run, in turns. `skip`: first steps that do not count.
+            `micro_rows`: full rows of a micro-batch. `mean_tokens`: of a response, null for always `response_tokens`. `vocabulary`: ids of
+            the models, null for those of the tokenizer.
             `engine_dtype`: of TRL's vLLM; null is what TRL leaves to vLLM, which is bfloat16. `deadline`: seconds that one side may take.
     """
     if generation not in ("auto", "vllm", "transformers"):
         raise SystemExit(f"vs-trl: generation={generation}, expected auto, vllm or transformers")
     python, figures, why = peer(), {}, ""
-    for name, sizes in models.items():
+    for name, model in models.items():
         with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(Path(folder), python, sizes, steps[name], **work)
+            bench = Bench(Path(folder), python, **(work | model))
             if generation == "auto":
                 generation, why = bench.probe_vllm()
             figures[name] = bench.compare(generation == "vllm")
@@ -112,7 +121,7 @@ class Failed(RuntimeError):
 class Bench:
     """Both sides on one pair of models."""
 
-    def __init__(self, folder: Path, python: Path, sizes: dict[str, Any], steps: int, **work: Any):
+    def __init__(self, folder: Path, python: Path, sizes: dict[str, Any], steps: int, vocabulary: int | None, **work: Any):
         self.folder, self.python, self.steps, self.work = folder, python, steps, work
         self.deadline, self.skip = work["deadline"], work["skip"]
         if steps <= self.skip:
@@ -121,7 +130,10 @@ class Bench:
         lines = (json.dumps({"id": str(row), "prompt": _prompt(row, work["prompt_tokens"])}) for row in range(steps * work["batch"]))
         self.prompts.write_text("\n".join(lines) + "\n")
         context = work["prompt_tokens"] + work["response_tokens"]
-        self.student, self.teacher = (endless_model(folder / name, seed, sizes | {"context": context}) for seed, name in enumerate("st"))
+        sizes = sizes | {"context": context}
+        self.student, self.teacher = (
+            lengthy_model(folder / name, seed, sizes, work["mean_tokens"], vocabulary) for seed, name in enumerate("st")
+        )
         self.parameters = _parameters(self.student)
 
     def compare(self, vllm: bool) -> dict[str, Any]:
@@ -181,11 +193,14 @@ class Bench:
             "max_prompt_tokens": work["prompt_tokens"],
             "max_response_tokens": work["response_tokens"],
             "rollout": {"threads": work["threads"]},
-            "scoring": {"threads": work["threads"]},
-            "trainer": {"threads": work["threads"]},
+            "scoring": {"threads": work["threads"], "micro_batch_tokens": self._micro_tokens()},
+            "trainer": {"threads": work["threads"], "micro_batch_tokens": self._micro_tokens()},
             "checkpoint_every": 10**6,  # TRL saves nothing either
             "device": "cpu",
         }
+
+    def _micro_tokens(self) -> int:
+        return self.work["micro_rows"] * (self.work["prompt_tokens"] + self.work["response_tokens"])
 
     def _trl(self, vllm: bool, steps: int) -> dict[str, Any]:
         asked, out = self.folder / "trl.json", self.folder / "trl-figures.json"
@@ -198,7 +213,7 @@ class Bench:
             "vllm": vllm,
             "context": self.work["prompt_tokens"] + self.work["response_tokens"],
             "weight_decay": 0.01,  # the default of raysys' trainer
-            **{key: self.work[key] for key in ("batch", "response_tokens", "learning_rate", "threads", "engine_dtype")},
+            **{key: self.work[key] for key in ("batch", "micro_rows", "response_tokens", "learning_rate", "threads", "engine_dtype")},
         }
         asked.write_text(json.dumps(settings))
         command = [str(self.python), str(Path(__file__).with_name("trl_peer.py")), str(asked), str(out)]
@@ -231,15 +246,15 @@ class Bench:
         def warm(name: str, of: str = "") -> list[float]:
             return [value for one in rounds for value in (one[of] if of else one)[name][self.skip :]]
 
-        if set(warm("response_tokens")) != {float(self.work["response_tokens"])}:
-            raise SystemExit(
-                f"vs-trl: responses of {min(warm('response_tokens'))} tokens, not {self.work['response_tokens']}: unequal work"
-            )
+        lengths, seconds = warm("response_tokens"), warm("step_s")
+        wanted, most = self.work["mean_tokens"] or self.work["response_tokens"], LUCK if self.work["mean_tokens"] else 0.0
+        if abs(statistics.mean(lengths) / wanted - 1.0) > most:
+            raise SystemExit(f"vs-trl: responses of {statistics.mean(lengths):.1f} tokens in the mean, not {wanted}: unequal work")
         largest = max(rounds, key=lambda one: one["peak"]["pss"])
-        seconds = statistics.median(warm("step_s"))
         return {
-            "tokens_per_s": self.work["batch"] * self.work["response_tokens"] / seconds,
-            "step_s": seconds,
+            "tokens_per_s": self.work["batch"] * sum(lengths) / sum(seconds),
+            "response_tokens": statistics.mean(lengths),
+            "step_s": statistics.median(seconds),
             "phases": {phase: statistics.median(warm(phase, "phases")) for phase in rounds[0]["phases"]},
             "steps": len(warm("step_s")),
             "start_and_end_s": statistics.median(one["wall_s"] - sum(one["step_s"]) for one in rounds),
@@ -253,22 +268,41 @@ def _prompt(row: int, length: int) -> str:
     return f"{row:0{length - 1}d}="
 
 
-def endless_model(folder: Path, seed: int, sizes: dict[str, Any]) -> Path:
-    """A new model whose end token is never drawn: one channel of the residual stream is constant, and only that token's row reads it."""
+def lengthy_model(folder: Path, seed: int, sizes: dict[str, Any], mean_tokens: int | None, vocabulary: int | None) -> Path:
+    """A new model that ends with the same probability after every token, or never: one channel of the residual stream is constant, and
+    only the end token's row reads it, and nothing else."""
+    import torch
     from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
 
     from raysys.config.runs import NewModel
     from raysys.models.scratch import EOS, SPECIALS, new_causal
 
     weights = new_causal(NewModel(**sizes), folder, seed) / "model.safetensors"
-    state = load_file(weights)
+    state, end = load_file(weights), SPECIALS.index(EOS)
+    rows, head = ("model.embed_tokens.weight", "lm_head.weight")
+    if vocabulary:
+        for name in (rows, head):
+            dice = torch.Generator().manual_seed(seed)
+            state[name] = torch.randn(vocabulary, state[name].shape[1], generator=dice) * sizes["initializer_range"]
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": vocabulary}))
     for name, tensor in state.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             tensor[0] = 0.0
-    state["model.embed_tokens.weight"][:, 0] = 1.0
-    state["lm_head.weight"][:, 0] = 0.0
-    state["lm_head.weight"][SPECIALS.index(EOS), 0] = -NEVER
+    state[rows][:, 0] = 1.0
+    state[head][:, 0] = 0.0
+    state[head][end] = 0.0
+    state[head][end, 0] = -NEVER
     save_file(state, weights, metadata={"format": "pt"})
+    if mean_tokens:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        ids = torch.randint(3, len(state[head]), (8, 64), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            last = model.model(ids).last_hidden_state.flatten(0, 1)
+            others = torch.logsumexp(last @ state[head].T, -1).mean()
+        state[head][end, 0] = (others - math.log(mean_tokens - 1)) / last[:, 0].mean()
+        save_file(state, weights, metadata={"format": "pt"})
     return folder
 
 
@@ -278,83 +312,6 @@ def _parameters(folder: Path) -> int:
     with safe_open(folder / "model.safetensors", "pt") as weights:
         shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
     return sum(int(shape[0] * (shape[1] if len(shape) > 1 else 1)) for shape in shapes)
-
-
-# -- processes
-
-
-@contextlib.contextmanager
-def peak_memory(pid: int, every: float = 0.25) -> Iterator[dict[str, Any]]:
-    """Watches a process and its descendants; the dictionary then holds the largest sum and its parts, in MiB."""
-    peak: dict[str, Any] = {"pss": 0.0, "by_process": {}}
-    done = threading.Event()
-
-    def watch() -> None:
-        cost = 0.0
-        while not done.wait(max(every, LOOKING * cost)):
-            began = time.thread_time()
-            found = memory(pid)
-            cost = time.thread_time() - began
-            total = sum(part["pss"] for part in found.values())
-            if total > peak["pss"]:
-                peak.update(pss=total, by_process=found)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
-
-
-def memory(pid: int) -> dict[str, dict[str, float]]:
-    """MiB by what a process is: `pss`, and of it `own` (anonymous), `files` (mapped), `shared` memory; and the number of `processes`."""
-    parts: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(("processes", *KINDS.values()), 0.0))
-    for one in family(pid):
-        try:
-            role, text = _role(one.cmdline()), Path(f"/proc/{one.pid}/smaps_rollup").read_text()
-        except (psutil.Error, OSError):
-            continue
-        parts[role]["processes"] += 1
-        for line in text.splitlines()[1:]:
-            key, _, size = line.partition(":")
-            if key in KINDS:
-                parts[role][KINDS[key]] += int(size.split()[0]) / 1024
-    return dict(parts)
-
-
-def family(pid: int) -> list[psutil.Process]:
-    try:
-        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _role(command: list[str]) -> str:
-    line = " ".join(command)
-    for start, role in ROLES.items():
-        if line.startswith(start):
-            return role
-    if "gopd.py" in line:
-        return "driver and supervisor"
-    if "trl_peer.py" in line:
-        return "trainer"
-    return "Ray's daemons" if "/ray/" in line else "other"
-
-
-def end(process: subprocess.Popen[bytes], patience: float = 20.0) -> None:
-    """Stops a side that still runs: first by asking, then all of it."""
-    if process.poll() is not None:
-        return
-    members = family(process.pid)
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(patience)
-    for one in members:
-        with contextlib.suppress(psutil.NoSuchProcess):  # psutil compares start times: a later process with this id is left alone
-            one.kill()
-    process.wait(patience)
 
 
 def _last_line(text: str) -> str:

@@ -15,7 +15,9 @@ import psutil
 import pytest
 import yaml
 
+from raysys.config.runs import NewModel
 from raysys.head import Head
+from raysys.models.scratch import new_causal
 
 ROOT = Path(__file__).resolve().parents[2]
 ADD = {"task": "chain_sum", "params": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, "style": "scratchpad"}
@@ -178,7 +180,8 @@ def test_kill_nine_of_anything_changes_nothing(place: Workplace, tied: Path) -> 
 
     The undisturbed run is a colocated one: where engine and trainer live changes nothing either.
     """
-    other = place.run("sft", "other", sft(True, {"rev": REV}, steps=5, student=str(tied / "export"), seed=3))
+    other = place.folder / "other"
+    new_causal(NewModel(**SMALL, tied=True), other / "export", seed=3)
     config = gopd(tied, {"add": tied, "rev": other}, {"add": ADD, "rev": REV}, reward_scale=1.25, reference=str(tied / "export"))
     config |= {"steps": 24, "checkpoint_every": 2, "batch": 32}
     calm = place.run("gopd", "calm", config, "colocate=true")
@@ -189,10 +192,11 @@ def test_kill_nine_of_anything_changes_nothing(place: Workplace, tied: Path) -> 
     (driver,) = [child for child in psutil.Process(run.pid).children() if "gopd.py" in " ".join(child.cmdline())]
     time.sleep(0.1)
     driver.kill()
-    for step, part in ((11, "EngineCore"), (14, "ray::ScorerWorker"), (17, "ray::RolloutWorker"), (20, "ray::TrainerWorker")):
+    for step, parts in ((11, ("EngineCore", "ray::ScorerWorker")), (15, ("ray::RolloutWorker",)), (19, ("ray::TrainerWorker",))):
         place.await_lines(run, "killed", step)
-        (victim,) = place.processes(part)
-        victim.kill()
+        for part in parts:
+            (victim,) = place.processes(part)
+            victim.kill()
     assert run.wait(timeout=120) == 0
     log = (place.folder / "killed.log").read_text()
     assert place.metrics("killed") == place.metrics("calm") and len(place.metrics("calm")) == 24, log[-3000:]
