@@ -15,6 +15,8 @@ Legend: B rows, R longest response of the batch, n tokens of one row.
 | version_spans | list<int32>, flat pairs (first token, version) | rollout |
 | stop_reason | string: "stop" or "length" | rollout |
 | teacher_logprobs, reference_logprobs | list<float32> | scoring |
+| query_ids | list<int32>, K a response token: what was scored in place of the response's ids | scoring |
+| draw_ids, teacher_draw_logprobs | list<int32>, list<float32>: draws from the student, the teacher's log-probs of them | trainer |
 | reward | float32 | scoring |
 | advantages | list<float32>, objectives that need whole groups | trainer |
 """
@@ -45,6 +47,9 @@ SCHEMA: dict[str, pa.DataType] = {
     "stop_reason": pa.string(),
     "teacher_logprobs": pa.list_(pa.float32()),
     "reference_logprobs": pa.list_(pa.float32()),
+    "query_ids": pa.list_(pa.int32()),
+    "draw_ids": pa.list_(pa.int32()),
+    "teacher_draw_logprobs": pa.list_(pa.float32()),
     "reward": pa.float32(),
     "advantages": pa.list_(pa.float32()),
 }

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from raysys.config.parts import Data
-from raysys.config.runs import EvaluateConfig, GopdConfig, SftConfig
+from raysys.config.runs import EvaluateConfig, GopdConfig, HpdConfig, SftConfig
 from raysys.data.preflight import check_vocabularies, preflight
 from raysys.errors import ConfigError
 from raysys.job import RUNS_VARIABLE
@@ -28,6 +28,19 @@ def check_sft(config: SftConfig) -> None:
     """As `check_gopd`. A model that the run makes itself has nothing to check but its data."""
     student = local_or_id(config.student) if config.student else None
     _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
+
+
+def check_hpd(config: HpdConfig) -> None:
+    """As `check_gopd`."""
+    student = local_or_id(config.student)
+    check_vocabularies(
+        {"student": student} | {f"teachers.{tag}": local_or_id(folder) for tag, folder in config.teachers.items()},
+        shared_prefix=config.vocabulary == "shared_prefix",
+    )
+    domains = set(config.teachers) if config.loss != "sft" else None
+    _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, domains)
+    if config.evaluation is not None:
+        _check_data(config.evaluation.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
 
 
 def check_evaluate(config: EvaluateConfig) -> None:

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="raysys")
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="parameters, memory by part, placement, and what does not fit; starts nothing")
-    plan.add_argument("config", help="YAML of a gopd, sft or evaluate job, or of a pipeline of these")
+    plan.add_argument("config", help="YAML of a gopd, hpd, sft or evaluate job, or of a pipeline of these")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.add_argument(
         "--device", choices=("gpu", "cpu"), help="plan for it (default: the config's; auto: gpu, but cpu for models below 100 M)"
@@ -57,7 +57,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _configs(path: Path, overrides: Sequence[str]) -> list[tuple[str, Run]]:
     """The configs to plan: one, or each stage of a pipeline."""
-    job = job_of(read_yaml(path))
+    job = job_of(read_yaml(path), path.absolute())
     if job != "pipeline":
         return [("", CONFIGS[job].load(path, overrides))]
     from raysys import pipeline
@@ -66,12 +66,18 @@ def _configs(path: Path, overrides: Sequence[str]) -> list[tuple[str, Run]]:
     return [(f"{stage.name} ({stage.job})", stage.config) for stage in planned.stages if stage.same_as is None]
 
 
-def job_of(values: dict[str, object]) -> str:
-    """Which job a config is for, by the keys that only this job has. Raises ConfigError."""
+def job_of(values: dict[str, object], path: Path = Path()) -> str:
+    """Which job a config is for: by the keys that only this job has, or the folder of examples that it lies in. Raises ConfigError."""
+    if path.parent.name in CONFIGS and "stages" not in values:
+        return path.parent.name
+    if "teachers" in values and {"loss", "vocabulary", "use_student_sample", "use_reinforce"} & values.keys():
+        return "hpd"
     for job, key in (("pipeline", "stages"), ("gopd", "teachers"), ("evaluate", "models"), ("sft", "data")):
         if key in values:
             return job
-    raise ConfigError("this file is no config of gopd, sft, evaluate or pipeline", "it has none of the keys stages, teachers, models, data")
+    raise ConfigError(
+        "this file is no config of gopd, hpd, sft, evaluate or pipeline", "it has none of the keys stages, teachers, models, data"
+    )
 
 
 def _compare(options: argparse.Namespace) -> int:

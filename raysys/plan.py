@@ -18,7 +18,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Literal
 
 from raysys.config.parts import Rollout, Scoring, Trainer
-from raysys.config.runs import EvaluateConfig, GopdConfig, Run, SftConfig
+from raysys.config.runs import EvaluateConfig, GopdConfig, HpdConfig, OnData, Run, SftConfig
 from raysys.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def choose(config: Run, asked: Literal["gpu", "cpu"] | None, gpu_gib: float, gpu
 
 
 def estimate(config: Run, device: Device) -> Estimate:
-    """The estimate for a gopd, sft or evaluate config. Raises ConfigError when the job has no plan or a model's shape cannot be found."""
+    """The estimate for a gopd, hpd, sft or evaluate config. Raises ConfigError: the job has no plan, or a model's shape cannot be found."""
     from raysys.models.shape import new_shape, shape_of
 
     scratch = SftConfig.model_fields["new_model"].default
@@ -126,14 +126,19 @@ def estimate(config: Run, device: Device) -> Estimate:
         models = {label: shape_of(name, scratch) for label, name in config.models.items()}
         largest = max(models.values(), key=lambda shape: shape.parameters)
         return Estimate(models, [rollout_place(config.rollout, largest, _length(config), device)], device, {})
-    if isinstance(config, SftConfig):
-        student = shape_of(config.student, scratch) if config.student else new_shape(config.new_model)
+    if isinstance(config, SftConfig | HpdConfig):
+        student = shape_of(config.student, scratch) if config.student else new_shape(config.new_model)  # type: ignore[union-attr]
         places = [trainer_place(config.trainer, student, config.weights.bucket_mib << 20, device)]
         if config.evaluation is not None:
             places.insert(0, rollout_place(config.rollout, student, _length(config), device))
-        return Estimate({"student": student}, places, device, bounds(student, config.rollout, config.trainer, _length(config), device))
+        models = {"student": student}
+        if isinstance(config, HpdConfig) and config.loss != "sft":
+            frozen = {name: shape_of(name, scratch) for name in config.teachers.values()}
+            models |= {f"teacher {tag}": frozen[name] for tag, name in config.teachers.items()}
+            places.insert(len(places) - 1, scorer_place(list(frozen.values()), config.scoring, device))
+        return Estimate(models, places, device, bounds(student, config.rollout, config.trainer, _length(config), device))
     if not isinstance(config, GopdConfig):
-        raise ConfigError(f"no plan for {type(config).__name__}", "plan takes configs of gopd, sft and evaluate")
+        raise ConfigError(f"no plan for {type(config).__name__}", "plan takes configs of gopd, hpd, sft and evaluate")
     names = {"student": config.student} | {f"teacher {tag}": name for tag, name in config.teachers.items()}
     if config.reward_scale != 1 and config.reference is not None:
         names["reference"] = config.reference
@@ -148,7 +153,7 @@ def estimate(config: Run, device: Device) -> Estimate:
     return Estimate(models, places, device, bounds(student, config.rollout, config.trainer, _length(config), device))
 
 
-def _length(config: GopdConfig | SftConfig | EvaluateConfig) -> int:
+def _length(config: GopdConfig | OnData | EvaluateConfig) -> int:
     return config.max_prompt_tokens + config.max_response_tokens
 
 

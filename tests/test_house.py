@@ -16,7 +16,7 @@ PACKAGE = ROOT / "raysys"
 ROOMS = {"data", "rollout", "scoring", "training", "weights"}
 LOW = {"methods", "models", "config", "batch", "runtime", "errors", "files", "memory", "processes", "tasks"}
 FREE = {
-    *("loop", "wiring", "studies", "compression", "cli", "plan", "doctor", "submit", "stages", "pipeline", "job", "jobs"),
+    *("loop", "wiring", "assembly", "studies", "compression", "cli", "plan", "doctor", "submit", "stages", "pipeline", "job", "jobs"),
     *("watching", "supervise", "supervised", "compare", "colocate", "checks"),
 }
 """Who may import what it likes: these wire rooms together, or stand outside of a run."""

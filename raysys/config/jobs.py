@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from raysys.config.runs import EvaluateConfig, GopdConfig, PipelineConfig, Run, SftConfig
+from raysys.config.runs import EvaluateConfig, GopdConfig, HpdConfig, PipelineConfig, Run, SftConfig
 
 CONFIGS: dict[str, type[Run]] = {
     "gopd": GopdConfig,
+    "hpd": HpdConfig,
     "sft": SftConfig,
     "evaluate": EvaluateConfig,
     "pipeline": PipelineConfig,

@@ -155,6 +155,8 @@ class Trainer(Config):
     """Largest norm of the global gradient."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: NonNegativeInt = 0
+    min_lr_rate: float = Field(default=0.0, ge=0, le=1)
+    """What a falling learning rate falls to, as a share of its peak."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 with float32 masters on GPU, float32 on CPU."""
     activation_checkpointing: bool = placed(False)

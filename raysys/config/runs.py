@@ -128,12 +128,9 @@ class NewModel(Config):
     context: PositiveInt = 128
 
 
-class SftConfig(Run):
-    """`jobs/sft.py`: supervised fine-tuning; the loop with data as its source and no push."""
+class OnData(Run):
+    """What the jobs have that learn from written responses: the loop with data as its source and no push."""
 
-    student: str | None = None
-    """Hugging Face folder or id to start from; null makes `new_model`."""
-    new_model: NewModel = NewModel()
     data: Data
     steps: PositiveInt = placed(300)
     batch: PositiveInt = 128
@@ -152,12 +149,52 @@ class SftConfig(Run):
     keep_checkpoints: PositiveInt = placed(1)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _evaluated(self) -> Self:
         if (self.stop_at or self.evaluate_every) and self.evaluation is None:
             raise ValueError("evaluate_every and stop_at need evaluation; give evaluation.data")
         if self.stop_at and self.evaluate_every is None:
             raise ValueError("stop_at needs evaluate_every")
         self.weights.check(colocate=False)
+        return self
+
+
+class SftConfig(OnData):
+    """`jobs/sft.py`: supervised fine-tuning."""
+
+    student: str | None = None
+    """Hugging Face folder or id to start from; null makes `new_model`."""
+    new_model: NewModel = NewModel()
+
+
+class HpdConfig(OnData):
+    """`jobs/hpd.py`: hybrid-policy distillation on data, and its baselines. Paper: arXiv 2604.20244."""
+
+    student: str
+    """Hugging Face folder or id."""
+    teachers: dict[str, str]
+    """Domain tag to folder; `default` serves rows without a tag. They should have written the data, or been trained on them."""
+    loss: Literal["hpd", "sft", "seqkd", "rkld", "jsd"] = "hpd"
+    """What weighs the data's tokens: see `raysys.methods.hpd`. sft asks no teacher."""
+    use_student_sample: bool = True
+    """With the draw from the student at each position; of loss=hpd."""
+    use_reinforce: bool = True
+    """Count the teacher's probability twice where the draw should be suppressed; of loss=hpd."""
+    temperature: PositiveFloat = 1.0
+    """Divides the logits of student and teacher."""
+    vocabulary: Literal["same", "shared_prefix"] = "same"
+    """shared_prefix: models whose first ids mean the same and that have more of them than the others; what lies beyond is left out."""
+    scoring: Scoring = Scoring()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.teachers:
+            raise ValueError("teachers is empty; map each domain tag, or 'default', to a folder")
+        if self.loss != "hpd" and not (self.use_student_sample and self.use_reinforce):
+            raise ValueError(f"use_student_sample and use_reinforce are parts of loss=hpd, not of loss={self.loss}: leave them out")
+        if self.trainer.mini_batches > 1:
+            raise ValueError(
+                f"trainer.mini_batches={self.trainer.mini_batches}: the weights are those of the step's own student; set it to 1"
+            )
         return self
 
 

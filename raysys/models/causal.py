@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from raysys.errors import ConfigError
-from raysys.methods.logprobs import token_logprobs
+from raysys.methods.logprobs import draw_tokens, token_logprobs
 
 # Models that change logits after their head: ignoring such a key would give wrong log-probs with no error.
 _LOGIT_KEYS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
@@ -26,12 +26,21 @@ class LogProbHead(nn.Linear):
     """
 
     def forward(  # type: ignore[override]
-        self, input: Tensor, ids: Tensor | None = None, temperature: float = 1.0, chunk_tokens: int = 1024, entropy: bool = False
+        self,
+        input: Tensor,
+        ids: Tensor | None = None,
+        temperature: float = 1.0,
+        chunk_tokens: int = 1024,
+        entropy: bool = False,
+        uniform: Tensor | None = None,
     ) -> Any:
-        """`input` [..., D] without ids: logits. [n, D] with ids [n] or [n, K]: as `raysys.methods.logprobs.token_logprobs`."""
+        """`input` [..., D] without ids: logits. [n, D] with ids [n] or [n, K]: as `raysys.methods.logprobs.token_logprobs`; with `uniform`
+        [n]: as `draw_tokens` there."""
         if ids is None:
             return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
+            if uniform is not None:
+                return draw_tokens(input, self.weight, uniform, temperature, chunk_tokens, self.bias)
             return token_logprobs(input, self.weight, ids, temperature, chunk_tokens, self.bias, entropy)
 
 
@@ -102,6 +111,7 @@ def response_logprobs(
     chunk_tokens: int = 1024,
     query_ids: Tensor | None = None,
     entropy: bool = False,
+    uniform: Tensor | None = None,
 ) -> Any:
     """Log-probs in nats of response tokens, row after row.
 
@@ -116,9 +126,10 @@ def response_logprobs(
         temperature: divides the logits.
         query_ids: [n, K] (or [n]) ids to score instead of the response's own, n = response_lengths.sum().
         entropy: also give [n] entropies in nats, without gradient.
+        uniform: [n] float64 in [0, 1): draw one id at each position instead of scoring any.
 
     Returns:
-        [n] ([n, K] with such query_ids) float32 or float64, or that and the entropies.
+        [n] ([n, K] with such query_ids) float32 or float64, or that and the entropies; with `uniform` ids and log-probs [n] of the draws.
 
     Raises:
         ValueError: shapes or lengths do not fit together.
@@ -131,6 +142,7 @@ def response_logprobs(
         chunk_tokens=chunk_tokens,
         query_ids=query_ids,
         entropy=entropy,
+        uniform=uniform,
     )
 
 
@@ -143,13 +155,14 @@ def _responses(
     chunk_tokens: int,
     query_ids: Tensor | None,
     entropy: bool,
+    uniform: Tensor | None,
 ) -> Any:
     predicts = _predicting_positions(input_ids, prompt_lengths, response_lengths)
     ids = input_ids[:, 1:][predicts] if query_ids is None else query_ids
     if len(ids) != int(response_lengths.sum()):
         raise ValueError(f"query_ids must have {int(response_lengths.sum())} rows, one a response token, got {list(ids.shape)}")
     states = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    return model.get_output_embeddings()(states[:, :-1][predicts], ids, temperature, chunk_tokens, entropy)
+    return model.get_output_embeddings()(states[:, :-1][predicts], ids, temperature, chunk_tokens, entropy, uniform)
 
 
 def _predicting_positions(input_ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> Tensor:

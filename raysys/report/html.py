@@ -74,7 +74,7 @@ def _pipeline(folder: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, An
         run = Path(stage["run_dir"])
         run = run if run.is_absolute() else folder / run
         shown.append(dict(stage) | {"link": f"../{run.name}/report.html" if (run / "report.html").is_file() else ""})
-        if stage["job"] not in ("sft", "evaluate") and (records := _lines(run / "metrics.jsonl")) and stage["status"] != "same":
+        if stage["job"] not in ("sft", "evaluate", "generate") and (records := _lines(run / "metrics.jsonl")) and stage["status"] != "same":
             runs[stage["name"]] = records
             samples = _paired_samples(_lines(run / "samples.jsonl"))
     return {

@@ -99,6 +99,7 @@ class ScorerGroup:
         Args:
             batch: rows with responses.
             queries: ids to score in place of the sampled ones, K for each response token, flat by row (see `ScorerWorker.score`).
+                They are kept in the column `query_ids`.
 
         Raises:
             DataError: a tag has no teacher (checked before any work is sent), or a row does not fit the models.
@@ -115,7 +116,8 @@ class ScorerGroup:
         work = [(needed.take(rows), None if queries is None else Ragged.of([queries[row] for row in rows], np.int32)) for rows in shards]
         refs = [worker.score.remote(*part) for worker, part in zip(self._workers, work, strict=False)]
         scored = [self._scored(rank, refs[rank], work[rank]) for rank in range(len(refs))]
-        return batch.with_columns(**_merge(scored, shards))
+        asked = {} if queries is None else {"query_ids": queries}
+        return batch.with_columns(**_merge(scored, shards), **asked)
 
     def _scored(self, rank: int, ref: Any, part: tuple[Batch, Ragged | None]) -> Batch:
         """A rank's answer; when it dies or hangs, that of the actor which takes its place: scoring twice gives the same twice."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from raysys.batch import Batch, Ragged
-from raysys.errors import DataError
+from raysys.errors import DataError, NumericsError
 from raysys.scoring.routing import route
 
 
@@ -163,7 +163,12 @@ class ScorerWorker:
                 self.spec.chunk_tokens,
                 None if query is None else tensor(query),
             )
-        return [piece.ravel() for piece in np.split(flat.float().cpu().numpy(), np.cumsum(counts)[:-1])]
+        found = flat.float().cpu().numpy()
+        if np.isnan(found).any():
+            raise NumericsError(
+                f"{folder} gives NaN for {np.isnan(found).sum()} of {found.size} tokens", "look at its weights, or at how they were made"
+            )
+        return [piece.ravel() for piece in np.split(found, np.cumsum(counts)[:-1])]
 
     def _check_ids(self, folder: str, model: Any, prompts: list[Any], ids: np.ndarray, query: np.ndarray | None) -> None:
         size = model.get_input_embeddings().weight.shape[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -22,6 +22,7 @@ from torch import distributed as dist
 from raysys.batch import Batch, Ragged
 from raysys.errors import ConfigError, NumericsError
 from raysys.models.causal import load_causal, response_logprobs
+from raysys.training.hybrid import uniforms
 from raysys.training.meter import Meter
 from raysys.training.objectives import Outputs
 from raysys.training.rows import Inputs, Rows
@@ -82,8 +83,9 @@ class Engine:
         """
         rows = self._rows(batch, self.spec.objective.columns)
         old = self._old_logprobs(rows, shares) if len(shares) > 1 else None
+        config = self.spec.config
         rate = learning_rate(
-            self.spec.learning_rate, self.step_index, self.spec.steps, self.spec.config.schedule, self.spec.config.warmup_steps
+            self.spec.learning_rate, self.step_index, self.spec.steps, config.schedule, config.warmup_steps, config.min_lr_rate
         )
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -106,11 +108,12 @@ class Engine:
         meter = Meter()
         for index, pack in enumerate(packs):
             inputs = rows.inputs(pack)
-            outputs = self._outputs(inputs, None if old is None else [old[int(row)] for row in pack])
-            if inputs.dummy:
+            micro = None if inputs.dummy else rows.micro(pack)
+            outputs = self._outputs(inputs, None if old is None else [old[int(row)] for row in pack], micro.columns if micro else {})
+            if micro is None:
                 loss, part = outputs.logprobs.sum(), 0.0
             else:
-                loss, metrics = self.spec.objective.loss(outputs, rows.micro(pack))
+                loss, metrics = self.spec.objective.loss(outputs, micro)
                 tokens = int(rows.responses[pack].sum())
                 part = tokens / share.tokens
                 if self.spec.objective.weighting == "sequence":
@@ -123,12 +126,17 @@ class Engine:
         self._check_losses(losses, packs, rows)
         meter.read(tally)
 
-    def _outputs(self, inputs: Inputs, old: list[np.ndarray] | None) -> Outputs:
-        flat, entropy = self._forward(inputs, entropy=True)
+    def _outputs(self, inputs: Inputs, old: list[np.ndarray] | None, columns: Mapping[str, Tensor]) -> Outputs:
+        asks = () if inputs.dummy else self.spec.objective.asks
+        queries = torch.stack([inputs.responses, *(columns[name][inputs.mask].long() for name in asks)], 1) if asks else None
+        flat, entropy = self._forward(inputs, query_ids=queries, entropy=True)
+        asked = {name: inputs.padded(flat[:, 1 + place]) for place, name in enumerate(asks)}
+        flat = flat[:, 0] if asks else flat
         before = None if old is None or not old else torch.from_numpy(np.concatenate(old)).to(self.device)
-        return Outputs(inputs.padded(flat), inputs.padded(entropy.detach()), inputs.mask, None if before is None else inputs.padded(before))
+        before = None if before is None else inputs.padded(before)
+        return Outputs(inputs.padded(flat), inputs.padded(entropy.detach()), inputs.mask, before, asked)
 
-    def _forward(self, inputs: Inputs, entropy: bool = False) -> Any:
+    def _forward(self, inputs: Inputs, **asked: Any) -> Any:
         return response_logprobs(
             self.engine,
             inputs.input_ids,
@@ -136,7 +144,7 @@ class Engine:
             inputs.response_lengths,
             self.spec.temperature,
             self.spec.config.chunk_tokens,
-            entropy=entropy,
+            **asked,
         )
 
     def _check_losses(self, losses: list[Tensor], packs: list[np.ndarray], rows: Rows) -> None:
@@ -189,12 +197,31 @@ class Engine:
         found = self._old_logprobs(self._rows(batch, ()), [share])
         return Ragged.of([found[int(row)] for row in share.rows], np.float32)
 
+    def draw(self, batch: Batch, share: Share) -> Ragged:
+        """One id a response token, drawn from the student on the data's own prefix at the run's temperature; order of `share.rows`.
+
+        A draw follows from the run's seed, the sample's id and the token's place: see `raysys.training.hybrid.uniforms`.
+        """
+        rows = self._rows(batch, ())
+        numbers = uniforms(batch.ids, rows.responses, self.spec.seed)
+
+        def drawn(inputs: Inputs) -> Tensor:
+            chosen = [numbers[row] for row in inputs.rows] or [np.zeros(1)]
+            return self._forward(inputs, uniform=torch.from_numpy(np.concatenate(chosen)).to(self.device))[0]
+
+        found = self._read(rows, [share], drawn)
+        return Ragged.of([found[int(row)] for row in share.rows], np.int32)
+
     def _old_logprobs(self, rows: Rows, shares: Sequence[Share]) -> dict[int, np.ndarray]:
+        return self._read(rows, shares, lambda inputs: self._forward(inputs).float())
+
+    def _read(self, rows: Rows, shares: Sequence[Share], forward: Callable[[Inputs], Tensor]) -> dict[int, np.ndarray]:
+        """What `forward` says of each row's response tokens, without gradient."""
         found: dict[int, np.ndarray] = {}
         with torch.no_grad():
             for share in shares:
                 for pack in rows.packs(share.rows, self.spec.config.micro_batch_tokens, share.micro_batches):
-                    flat = self._forward(rows.inputs(pack)).float().cpu().numpy()
+                    flat = forward(rows.inputs(pack)).cpu().numpy()
                     if len(pack):
                         pieces = np.split(flat, np.cumsum(rows.responses[pack])[:-1])
                         found |= {int(row): piece for row, piece in zip(pack, pieces, strict=True)}

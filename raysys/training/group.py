@@ -126,10 +126,17 @@ class TrainerGroup:
 
     def logprobs(self, batch: Batch) -> list[np.ndarray]:
         """The student's log-probs in nats of each row's response ids, float32. Errors as `step`."""
+        return self._by_row(batch, "logprobs", "compute log-probs", np.float32)
+
+    def draw(self, batch: Batch) -> Ragged:
+        """One id a response token, drawn from the student on the data's own prefix: see `Engine.draw`. Errors as `step`."""
+        return Ragged.of(self._by_row(batch, "draw", "draw on the data", np.int32), np.int32)
+
+    def _by_row(self, batch: Batch, method: str, operation: str, dtype: Any) -> list[np.ndarray]:
         shares = self._split(batch, 1)[0]
         parts = [(part, own[0]) for part, own in (self._part(batch, [share], ()) for share in shares)]
-        found: list[Ragged] = self._all("logprobs", parts, self._deadlines.train, "compute log-probs", "deadlines.train")
-        rows: list[np.ndarray] = [np.zeros(0, np.float32)] * len(batch)
+        found: list[Ragged] = self._all(method, parts, self._deadlines.train, operation, "deadlines.train")
+        rows: list[np.ndarray] = [np.zeros(0, dtype)] * len(batch)
         for share, piece in zip(shares, found, strict=True):
             for row, values in zip(share.rows, piece.rows(), strict=True):
                 rows[row] = values
@@ -146,7 +153,8 @@ class TrainerGroup:
 
     def _part(self, batch: Batch, shares: list[Share], columns: tuple[str, ...] | None = None) -> tuple[Batch, list[Share]]:
         """A rank's rows in one batch, and its shares counted in those rows."""
-        wanted = ("prompt_id", "sample", "domain", "prompt_ids", "response_ids", *(self._objective.columns if columns is None else columns))
+        read = self._objective.columns if columns is None else columns
+        wanted = dict.fromkeys(("prompt_id", "sample", "domain", "prompt_ids", "response_ids", *read))
         missing = [name for name in ("prompt_ids", "response_ids") if name not in batch]
         if missing:
             raise DataError(f"the batch has no column {missing[0]}; it has {', '.join(batch.columns)}")

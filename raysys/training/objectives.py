@@ -8,7 +8,7 @@ Legend: B rows of a micro-batch, R response tokens (right padded).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from raysys.batch import Batch, Ragged
@@ -30,6 +30,8 @@ class Outputs:
     """[B, R] bool, true on response tokens."""
     old_logprobs: Tensor | None
     """[B, R] from before the step's first update; None when there is only one."""
+    asked: Mapping[str, Tensor] = field(default_factory=dict)
+    """[B, R] of the ids in each column that the objective asks for, with gradient."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Objective(Protocol):
         ...
 
     @property
+    def asks(self) -> tuple[str, ...]:
+        """Columns of ids, one a response token, whose log-probs the student gives besides those of the response's own."""
+        ...
+
+    @property
     def weighting(self) -> Literal["token", "sequence"]:
         """What the loss is a mean over; micro-batches weigh by their share of it."""
         ...
@@ -63,7 +70,7 @@ class Objective(Protocol):
         ...
 
     def loss(self, outputs: Outputs, micro: Micro) -> tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]:
-        """The mean loss of a micro-batch, and metrics: a 0-d token mean, a maximum (name ends in `_max`), or (sum, count)."""
+        """The mean loss of a micro-batch, and metrics: a 0-d token mean, an extreme (name ends in `_max` or `_min`), or (sum, count)."""
         ...
 
 
@@ -77,6 +84,7 @@ class GopdObjective:
     clip_high: float = 0.2
     dual_clip: float = 3.0
     aggregation: Literal["token", "sequence_token_mean", "sequence_token_sum"] = "token"
+    asks: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: GopdConfig) -> GopdObjective:
@@ -126,7 +134,7 @@ class GopdObjective:
             "importance_mean": (weights.sum(), tokens),
             "importance_max": weights.max(),
         }
-        return loss, {**metrics, **of_token, **_by_domain("reverse_kl", gap, mask.sum(1), micro.domains)}
+        return loss, {**metrics, **of_token, **by_domain("reverse_kl", gap, mask.sum(1), micro.domains)}
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,7 @@ class SftObjective:
     """Supervised fine-tuning: the negative log-likelihood of the response tokens, in nats, mean over tokens."""
 
     columns: tuple[str, ...] = ()
+    asks: tuple[str, ...] = ()
     weighting: Literal["token", "sequence"] = "token"
 
     def queries(self, trainer: Any, batch: Batch) -> Ragged | None:
@@ -147,10 +156,10 @@ class SftObjective:
         mask = outputs.mask
         rows = -(outputs.logprobs * mask).sum(1)
         loss = rows.sum() / mask.sum().clamp(min=1)
-        return loss, {"nll": loss.detach(), **_by_domain("nll", rows.detach(), mask.sum(1), micro.domains)}
+        return loss, {"nll": loss.detach(), **by_domain("nll", rows.detach(), mask.sum(1), micro.domains)}
 
 
-def _by_domain(name: str, sums: Tensor, counts: Tensor, domains: tuple[str, ...]) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+def by_domain(name: str, sums: Tensor, counts: Tensor, domains: tuple[str, ...]) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
     """`name/domain` as (sum, count) over the rows of each domain. `sums`, `counts`: [B]."""
     tags = sorted({domain for domain in domains if domain})
     metrics: dict[str, Tensor | tuple[Tensor, Tensor]] = {}

@@ -30,6 +30,13 @@ class Inputs:
     """[B, R] bool."""
 
     @property
+    def responses(self) -> Tensor:
+        """Ids of the response tokens, row after row."""
+        places = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
+        ends = self.prompt_lengths + self.response_lengths
+        return self.input_ids[(places >= self.prompt_lengths[:, None]) & (places < ends[:, None])]
+
+    @property
     def dummy(self) -> bool:
         return len(self.rows) == 0
 

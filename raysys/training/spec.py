@@ -54,7 +54,8 @@ class Tally:
     """Total and count; the metric is total / count over all micro-batches and ranks."""
     parts: dict[str, float] = field(default_factory=dict)
     """Already a part of the whole: added up."""
-    maxima: dict[str, float] = field(default_factory=dict)
+    extremes: dict[str, float] = field(default_factory=dict)
+    """The largest, or of names that end in `_min` the smallest."""
     common: dict[str, float] = field(default_factory=dict)
     """The same on every rank."""
 
@@ -65,8 +66,9 @@ class Tally:
     def part(self, name: str, value: float) -> None:
         self.parts[name] = self.parts.get(name, 0.0) + value
 
-    def peak(self, name: str, value: float) -> None:
-        self.maxima[name] = max(value, self.maxima.get(name, value))
+    def extreme(self, name: str, value: float) -> None:
+        further = min if name.endswith("_min") else max
+        self.extremes[name] = further(value, self.extremes.get(name, value))
 
     def merge(self, other: Tally) -> Tally:
         """Takes in another rank's tally."""
@@ -74,9 +76,9 @@ class Tally:
             self.add(name, total, count)
         for name, value in other.parts.items():
             self.part(name, value)
-        for name, value in other.maxima.items():
-            self.peak(name, value)
+        for name, value in other.extremes.items():
+            self.extreme(name, value)
         return self
 
     def metrics(self) -> dict[str, float]:
-        return self.parts | {name: total / count for name, (total, count) in self.sums.items() if count} | self.maxima | self.common
+        return self.parts | {name: total / count for name, (total, count) in self.sums.items() if count} | self.extremes | self.common

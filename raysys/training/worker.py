@@ -86,6 +86,10 @@ class TrainerWorker:
         """See `Engine.logprobs`."""
         return self.engine.logprobs(batch, share)
 
+    def draw(self, batch: Batch, share: Share) -> Ragged:
+        """See `Engine.draw`."""
+        return self.engine.draw(batch, share)
+
     def probe_logprobs(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """See `Engine.probe_logprobs`."""
         return self.engine.probe_logprobs(ids)

@@ -50,7 +50,16 @@ DEFAULTS: dict[str, Any] = {
     "models": {
         "quickstart": {"sizes": {}, "steps": 20},
         "small": {"sizes": SMALL, "steps": 10},
-        "uneven": {"sizes": UNEVEN, "vocabulary": 49152, "mean_tokens": 96, "response_tokens": 512, "micro_rows": 8, "steps": 7},
+        "uneven": {
+            "sizes": UNEVEN,
+            "vocabulary": 49152,
+            "mean_tokens": 96,
+            "response_tokens": 512,
+            "micro_rows": 8,
+            "learning_rate": 1e-6,
+            "steps": 5,
+            "deadline": 1500.0,
+        },
     },
     "batch": 64,
     "micro_rows": 64,

@@ -21,9 +21,9 @@ import pytest
 import yaml
 
 from raysys import head as heads
+from raysys.assembly import Hardware
 from raysys.config.runs import GopdConfig
 from raysys.errors import ConfigError
-from raysys.wiring import Hardware
 from tests.chaos.storm import check_ledger
 from tests.cluster.conftest import ROOT
 

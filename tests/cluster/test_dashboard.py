@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import yaml
 
+from raysys.assembly import Pushes, open_metrics
 from raysys.batch import Batch, Ragged
 from raysys.config.runs import GopdConfig
 from raysys.head import Head
@@ -30,7 +31,6 @@ from raysys.loop import Parts, train
 from raysys.report.live import GAUGES, PHASES, Live
 from raysys.watching import Usage
 from raysys.weights.push import PushResult
-from raysys.wiring import Pushes, _metrics
 from tests.cluster.conftest import ROOT
 from tests.fakes import FakeObjective, FakeScorers, FakeSource, FakeTrainer
 
@@ -145,7 +145,7 @@ def emitted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emitted]:
         session: Any = SimpleNamespace(folder=folder, job="gopd")
         evaluator: Any = SimpleNamespace(due=lambda step: True, run=lambda step: False)
         trainer = NamingTrainer()
-        writer = _metrics(config, session, stack, Usage(pool, config))
+        writer = open_metrics(config, session, stack, Usage(pool, config))
         parts = Parts(AgingSource(trainer), FakeScorers(), FakeObjective(), trainer, Pushes(pusher), ledger, evaluator, writer)
         train(parts, steps=2, batch=4, max_age=1, checkpoint_every=1)
         Live(folder, "gopd", lambda: STATUS).show()

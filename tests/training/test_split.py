@@ -52,8 +52,8 @@ def test_metrics_of_ranks_add_up_by_their_counts():
     second.add("kl/rev", 2.0, 1)
     first.part("loss", 0.25)
     second.part("loss", 0.5)
-    first.peak("weight_max", -2.0)
-    second.peak("weight_max", -1.0)
+    first.extreme("weight_max", -2.0)
+    second.extreme("weight_max", -1.0)
     assert first.merge(second).metrics() == {"loss": 0.75, "kl": 2.0, "kl/rev": 2.0, "weight_max": -1.0, "grad_norm": 3.0}
 
 

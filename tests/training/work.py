@@ -96,7 +96,7 @@ def unpack(bucket: Bucket) -> dict[str, np.ndarray]:
 def merged(results: list[Any], step: int = -1) -> dict[str, float]:
     """Metrics of one step from all ranks' tallies, as the group merges them."""
     first, *others = [tallies[step] for tallies, _ in results]
-    whole = Tally(dict(first.sums), dict(first.parts), dict(first.maxima), dict(first.common))
+    whole = Tally(dict(first.sums), dict(first.parts), dict(first.extremes), dict(first.common))
     for other in others:
         whole.merge(other)
     return whole.metrics()

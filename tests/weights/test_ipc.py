@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raysys.assembly import Hardware, receiver_for, start_all
 from raysys.batch import Bucket
 from raysys.config.parts import Deadlines, Rollout, Trainer, Weights
 from raysys.config.runs import GopdConfig, NewModel, SftConfig
@@ -28,7 +29,6 @@ from raysys.weights import push as pushing
 from raysys.weights.digest import digest, fingerprint
 from raysys.weights.ipc import Handle, IpcReceiver, IpcSender, Offer
 from raysys.weights.push import Pusher
-from raysys.wiring import Hardware, _receiver, start_all
 
 SMALL = NewModel(hidden_size=64, heads=2, kv_heads=2, ffn_size=96, context=64)
 IDS = [5, 90, 17, 33, 64, 8, 71, 22, 45]
@@ -388,5 +388,5 @@ def test_impossible_backends_get_one_line_with_the_key():
         SftConfig.load(None, ["data.path=p", "weights.backend=ipc"])
     config = GopdConfig.load(None, [*keys, "weights.backend=ipc", "colocate=true"])
     with pytest.raises(ConfigError, match=r"^weights.backend=ipc needs GPUs \(use auto or shared_memory\)$"):
-        _receiver(config, Hardware("cpu", "float32"))
-    assert _receiver(config, Hardware("gpu", "bfloat16")) is IpcReceiver
+        receiver_for(config, Hardware("cpu", "float32"))
+    assert receiver_for(config, Hardware("gpu", "bfloat16")) is IpcReceiver

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
+from raysys.assembly import start_all
 from raysys.errors import InfrastructureError
-from raysys.wiring import start_all
 
 
 def test_the_first_failure_is_told_at_once_whatever_the_others_do() -> None:
