@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raysys.methods import logprobs as module
+from raysys.methods import logprobs_blocks
 from raysys.methods.logprobs import token_logprobs
 
 N, D, V = 13, 5, 301
@@ -14,7 +14,7 @@ N, D, V = 13, 5, 301
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks of the vocabulary even at this size (their smallest width is 256)."""
-    monkeypatch.setattr(module, "CPU_BLOCK", 1)
+    monkeypatch.setattr(logprobs_blocks, "CPU_BLOCK", 1)
 
 
 def inputs(k: int | None = None, bias: bool = False, dtype: torch.dtype = torch.float64):
