@@ -56,7 +56,7 @@ class Doubts:
         if share > DOUBTFUL and not self._told:
             self._told = True
             log.warning(
-                "step %d: min(k) is %.2f, and k is below -1 at %.2g %% of the data's tokens, which the teacher gives almost no probability: "
+                "step %d: min(k) is %.2f, and k is below -1 at %.2g %% of the data's tokens, which the teacher all but rules out: "
                 "were these responses written by the models under teachers, or were those trained on them?",
                 record["step"] + 1,
                 record["k_min"],
