@@ -136,7 +136,10 @@ def estimate(config: Run, device: Device) -> Estimate:
             frozen = {name: shape_of(name, scratch) for name in config.teachers.values()}
             models |= {f"teacher {tag}": frozen[name] for tag, name in config.teachers.items()}
             places.insert(len(places) - 1, scorer_place(list(frozen.values()), config.scoring, device))
-        return Estimate(models, places, device, bounds(student, config.rollout, config.trainer, _length(config), device))
+        tokens = bounds(student, config.rollout, config.trainer, _length(config), device)
+        return Estimate(
+            models, places, device, tokens if config.evaluation else {name: tokens[name] for name in tokens if name == "training"}
+        )
     if not isinstance(config, GopdConfig):
         raise ConfigError(f"no plan for {type(config).__name__}", "plan takes configs of gopd, hpd, sft and evaluate")
     names = {"student": config.student} | {f"teacher {tag}": name for tag, name in config.teachers.items()}

@@ -18,7 +18,30 @@ _QWEN3 = {
     "max_position_embeddings": 40960,
     "tie_word_embeddings": True,
 }
+_QWEN2 = {
+    "model_type": "qwen2",
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
+_QWEN2_1B5 = _QWEN2 | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+_QWEN2_7B = _QWEN2 | {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
 PUBLIC: dict[str, dict[str, Any]] = {
+    "Qwen2.5-0.5B": _QWEN2 | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    "Qwen2.5-1.5B": _QWEN2_1B5,
+    "Qwen2.5-Coder-1.5B": _QWEN2_1B5,
+    "Qwen2.5-3B": _QWEN2 | {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16},
+    "Qwen2.5-7B": _QWEN2_7B,
+    "Qwen2.5-Coder-7B": _QWEN2_7B,
     "Qwen3-0.6B": _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
     "Qwen3-1.7B": _QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
     "Qwen3-4B": _QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
@@ -38,7 +61,7 @@ PUBLIC: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""The numbers of the `config.json` files that Qwen publishes with these models (the first generation, April 2025)."""
+"""The numbers of the `config.json` files that Qwen publishes with these models (Qwen3: the first generation, April 2025)."""
 
 
 @dataclass(frozen=True)
