@@ -78,9 +78,9 @@ def _role(command: list[str]) -> str:
     for start, role in ROLES.items():
         if line.startswith(start):
             return role
-    if "gopd.py" in line:
+    if "/jobs/" in line:
         return "driver and supervisor"
-    if "trl_peer.py" in line:
+    if "trl_peer" in line:
         return "trainer"
     return "Ray's daemons" if "/ray/" in line else "other"
 
