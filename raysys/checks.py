@@ -27,7 +27,7 @@ def check_gopd(config: GopdConfig) -> None:
 def check_sft(config: SftConfig) -> None:
     """As `check_gopd`. A model that the run makes itself has nothing to check but its data."""
     student = local_or_id(config.student) if config.student else None
-    _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
+    _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, None, supervised=True)
 
 
 def check_hpd(config: HpdConfig) -> None:
@@ -38,7 +38,7 @@ def check_hpd(config: HpdConfig) -> None:
         shared_prefix=config.vocabulary == "shared_prefix",
     )
     domains = set(config.teachers) if config.loss != "sft" else None
-    _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, domains)
+    _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, domains, supervised=True)
     if config.evaluation is not None:
         _check_data(config.evaluation.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
 
@@ -53,8 +53,8 @@ def check_evaluate(config: EvaluateConfig) -> None:
     _check_data(config.evaluation.data, next(iter(models.values())), config.max_prompt_tokens, config.max_response_tokens, None)
 
 
-def _check_data(data: Data, tokenizer: str | None, prompt: int, response: int, domains: set[str] | None) -> None:
-    preflight(data, tokenizer, max_prompt_tokens=prompt, max_response_tokens=response, domains=domains)
+def _check_data(data: Data, tokenizer: str | None, prompt: int, response: int, domains: set[str] | None, supervised: bool = False) -> None:
+    preflight(data, tokenizer, max_prompt_tokens=prompt, max_response_tokens=response, domains=domains, supervised=supervised)
 
 
 def local_or_id(folder: str) -> str:

@@ -1,6 +1,6 @@
-"""The quickstart's story with several seeds: accuracy of student, teachers, OPD and ExOPD on tasks that no run saw.
+"""A pipeline's story with several seeds: accuracy of all its models on tasks that no run saw, and the first and last steps of its runs.
 
-Each seed is the whole pipeline `jobs/configs/gopd/quickstart.yaml`; stages that are done are not run again, so a bench that
+Each seed is the whole pipeline, such as `jobs/configs/gopd/quickstart.yaml` or `jobs/configs/hpd/study.yaml`; stages that are done are not run again, so a bench that
 was cut off goes on where it was.
 """
 
@@ -18,34 +18,39 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-DEFAULTS: dict[str, Any] = {"seeds": [0, 1, 2], "runs": str(ROOT / "runs" / "story")}
+TOLD = ("reverse_kl", "nll", "entropy", "forward_kl_data", "reverse_kl_draws")
+DEFAULTS: dict[str, Any] = {"pipeline": "gopd/quickstart", "seeds": [0, 1, 2], "runs": str(ROOT / "runs" / "story")}
 
 
-def run(seeds: list[int], runs: str) -> dict[str, Any]:
-    """Per seed: accuracy by model and domain, reverse KL of the first and last five steps, seconds, peak resident GiB of all processes."""
-    return {"seeds": {str(seed): _story(seed, Path(runs).absolute()) for seed in seeds}}
+def run(pipeline: str, seeds: list[int], runs: str) -> dict[str, Any]:
+    """Per seed: accuracy by model and domain, means of `TOLD` over each run's first and last five steps, seconds, peak GiB of all processes.
+
+    Args:
+        pipeline: a file of jobs/configs, without its ending.
+        runs: folder of the runs; those of the same seeds are gone on with.
+    """
+    return {"seeds": {str(seed): _story(pipeline, seed, Path(runs).absolute()) for seed in seeds}}
 
 
-def _story(seed: int, runs: Path) -> dict[str, Any]:
-    config = ROOT / "jobs" / "configs" / "gopd" / "quickstart.yaml"
-    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--config", str(config), f"seed={seed}", f"name=story-{seed}"]
+def _story(pipeline: str, seed: int, runs: Path) -> dict[str, Any]:
+    config, name = ROOT / "jobs" / "configs" / f"{pipeline}.yaml", f"{Path(pipeline).parent.name}-story-{seed}"
+    command = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), "--config", str(config), f"seed={seed}", f"name={name}"]
     runs.mkdir(parents=True, exist_ok=True)
     began, peak = time.monotonic(), 0
-    with open(runs / f"story-{seed}.log", "ab") as log:
+    with open(runs / f"{name}.log", "ab") as log:
         process = subprocess.Popen(command, env=os.environ | {"RAYSYS_RUNS_DIR": str(runs)}, stdout=log, stderr=log, cwd=ROOT)
         while process.poll() is None:
             peak = max(peak, _resident(process.pid))
             time.sleep(1)
     if process.returncode:
-        raise SystemExit(f"seed {seed} ended with {process.returncode}; see {runs}/story-{seed}.log")
-    folder = runs / f"story-{seed}"
+        raise SystemExit(f"seed {seed} ended with {process.returncode}; see {runs}/{name}.log")
+    folder = runs / name
     compared = json.loads((folder / "comparison.json").read_text())
     stages = json.loads((folder / "stages.json").read_text())
-    kl = {stage["name"]: _kl(Path(stage["run_dir"])) for stage in stages if stage["job"] == "gopd"}
     return {
         "accuracy": {row["label"]: {name: domain["mean"] for name, domain in row["domains"].items()} for row in compared["rows"]},
         "rows": {name: domain["n"] for name, domain in compared["rows"][0]["domains"].items()},
-        "reverse_kl": kl,
+        "first_and_last": {stage["name"]: _ends(Path(stage["run_dir"])) for stage in stages if stage["job"] in ("gopd", "hpd")},
         "seconds": round(time.monotonic() - began, 1),
         "stage_seconds": {stage["name"]: stage["seconds"] for stage in stages},
         "peak_gib": round(peak / 2**30, 2),
@@ -67,9 +72,10 @@ def _resident(pid: int) -> int:
     return total
 
 
-def _kl(folder: Path) -> list[float]:
-    values = [json.loads(line)["reverse_kl"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [statistics.fmean(values[:5]), statistics.fmean(values[-5:])]
+def _ends(folder: Path) -> dict[str, list[float]]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    told = [name for name in TOLD if name in records[0]]
+    return {name: [statistics.fmean(record[name] for record in part) for part in (records[:5], records[-5:])] for name in told}
 
 
 def table(figures: dict[str, Any]) -> list[list[Any]]:
