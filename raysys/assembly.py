@@ -149,7 +149,7 @@ def open_trainer(
         dtype=hardware.dtype,
         deadlines=config.deadlines,
         log_dir=str(folder),
-        share=SHARE if getattr(config, "colocate", False) else 1.0,
+        share=SHARE if shares_its_gpus(config) else 1.0,
     )
 
 
@@ -245,7 +245,7 @@ def make_model(config: SftConfig, folder: Path) -> str:
     return str(start)
 
 
-def open_scorers(config: GopdConfig | HpdConfig, student: str, hardware: Hardware) -> ScorerGroup:
+def open_scorers(config: GopdConfig | HpdConfig, student: str, hardware: Hardware, host: TrainerGroup | None = None) -> ScorerGroup:
     reference, scale = (config.reference, config.reward_scale) if isinstance(config, GopdConfig) else (None, 1.0)
     return ScorerGroup(
         config.scoring,
@@ -257,7 +257,16 @@ def open_scorers(config: GopdConfig | HpdConfig, student: str, hardware: Hardwar
         device=hardware.device,
         dtype=hardware.dtype,
         deadlines=config.deadlines,
+        host=host,
+        share=SHARE if host else 1.0,
     )
+
+
+def shares_its_gpus(config: GopdConfig | SftConfig | HpdConfig) -> bool:
+    """Whether somebody lives beside each trainer rank: an engine, or a scorer."""
+    if isinstance(config, HpdConfig):
+        return config.loss != "sft" and config.scoring.placement == "colocated"
+    return isinstance(config, GopdConfig) and config.colocate
 
 
 def temperature(config: GopdConfig | SftConfig | HpdConfig) -> float:

@@ -135,7 +135,11 @@ def estimate(config: Run, device: Device) -> Estimate:
         if isinstance(config, HpdConfig) and config.loss != "sft":
             frozen = {name: shape_of(name, scratch) for name in config.teachers.values()}
             models |= {f"teacher {tag}": frozen[name] for tag, name in config.teachers.items()}
-            places.insert(len(places) - 1, scorer_place(list(frozen.values()), config.scoring, device))
+            scorer = scorer_place(list(frozen.values()), config.scoring, device)
+            if config.scoring.placement == "colocated":
+                places[-1] = _together(places[-1], scorer)
+            else:
+                places.insert(len(places) - 1, scorer)
         tokens = bounds(student, config.rollout, config.trainer, _length(config), device)
         return Estimate(
             models, places, device, tokens if config.evaluation else {name: tokens[name] for name in tokens if name == "training"}
@@ -195,6 +199,13 @@ def scorer_place(frozen: Sequence[Shape], scoring: Scoring, device: Device) -> P
     }
     remedy = "lower scoring.micro_batch_tokens, or use fewer or smaller teachers"
     return Place("scorer", scoring.ranks, 1, parts, [f"{len(frozen)} frozen model(s) a rank"], remedy)
+
+
+def _together(host: Place, lodger: Place) -> Place:
+    """Two that share their GPUs."""
+    parts = {name: host.parts.get(name, 0.0) + lodger.parts.get(name, 0.0) for name in host.parts | lodger.parts}
+    role = f"{host.role} and {lodger.role}"
+    return Place(role, host.actors, host.gpus_each, parts, [*host.notes, *lodger.notes], f"{host.remedy}; or scoring.placement=own")
 
 
 def rollout_place(rollout: Rollout, shape: Shape, length: int, device: Device) -> Place:

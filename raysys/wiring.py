@@ -21,6 +21,7 @@ from raysys.assembly import (
     open_scorers,
     open_trainer,
     resume,
+    shares_its_gpus,
     start_all,
     tell_bad_rows,
 )
@@ -131,15 +132,18 @@ def _on_data(config: SftConfig | HpdConfig, session: Session, student: str, obje
     """The loop with Ray Data as its source. `frozen`: with scorers, so for an `HpdConfig`."""
     engines = config.rollout.fewest if config.evaluation else 0
     scoring = config.scoring.ranks if frozen and isinstance(config, HpdConfig) else 0
-    hardware = Hardware.choose(config, config.trainer.dtype, config.trainer.ranks + engines + scoring)
+    lodging = shares_its_gpus(config)
+    hardware = Hardware.choose(config, config.trainer.dtype, config.trainer.ranks + engines + (0 if lodging else scoring))
     with ExitStack() as stack:
         trainer = stack.enter_context(open_trainer(config, student, objective, hardware, session.folder))
         pool = stack.enter_context(open_pool(config, student, hardware, session.folder)) if config.evaluation else None
         scorers = NoScorers()
         starts = {"trainer": trainer.start} | ({"rollout": pool.start} if pool else {})
         if scoring and isinstance(config, HpdConfig):
-            scorers = stack.enter_context(open_scorers(config, student, hardware))
+            scorers = stack.enter_context(open_scorers(config, student, hardware, trainer if lodging else None))
             starts["scorer"] = scorers.start
+        if lodging:
+            start_all(trainer=starts.pop("trainer"))  # the scorers live where it is
         start_all(**starts)
         stream = PromptStream(config.data, student, config.seed, config.max_prompt_tokens, config.max_response_tokens, supervised=True)
         source = DataSource(stream)

@@ -128,6 +128,8 @@ class Rollout(Config):
 class Scoring(Config):
     """Frozen teachers and references."""
 
+    placement: Literal["own", "colocated"] = placed("own")
+    """colocated: each scorer lives on the GPU of a trainer rank, and works while that waits for it; only where data are the source."""
     ranks: PositiveInt = placed(1)
     """Scorer actors; each holds all frozen models and takes a share of the rows."""
     retries: NonNegativeInt = placed(2)

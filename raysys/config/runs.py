@@ -91,6 +91,8 @@ class GopdConfig(Run):
             )
         if not self.teachers:
             raise ValueError("teachers is empty; map each domain tag, or 'default', to a folder")
+        if self.scoring.placement == "colocated":
+            raise ValueError("scoring.placement=colocated is for distillation on data (jobs/hpd.py); with rollouts set it to own")
         if self.colocate and self.max_age:
             raise ValueError(
                 f"colocate=true lets engines and trainer take turns, max_age={self.max_age} lets them work at once: set one back"
@@ -191,6 +193,11 @@ class HpdConfig(OnData):
             raise ValueError("teachers is empty; map each domain tag, or 'default', to a folder")
         if self.loss != "hpd" and not (self.use_student_sample and self.use_reinforce):
             raise ValueError(f"use_student_sample and use_reinforce are parts of loss=hpd, not of loss={self.loss}: leave them out")
+        if self.scoring.placement == "colocated" and self.scoring.ranks != self.trainer.ranks:
+            raise ValueError(
+                f"scoring.placement=colocated puts a scorer beside each trainer rank: set scoring.ranks={self.trainer.ranks} "
+                f"(trainer.ranks), got {self.scoring.ranks}"
+            )
         if self.trainer.mini_batches > 1:
             raise ValueError(
                 f"trainer.mini_batches={self.trainer.mini_batches}: the weights are those of the step's own student; set it to 1"

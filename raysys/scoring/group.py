@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,12 @@ log = logging.getLogger(__name__)
 _READ = ("prompt_id", "domain", "prompt_ids", "teacher_prompt_ids", "response_ids", "answer", "verifier", "metadata")
 
 
+class Host(Protocol):
+    """Somebody with a place for each scorer beside its own ranks."""
+
+    placement: PlacementGroup | None
+
+
 class ScorerGroup:
     """Scorer actors, each with all frozen models; rows are dealt out by their tokens. A context manager that closes itself.
 
@@ -34,6 +40,8 @@ class ScorerGroup:
         temperature: of the rollouts; divides the logits.
         device: "cpu" or "gpu".
         dtype: of the frozen weights, e.g. "float32", "bfloat16".
+        host: whose placement group the scorers live in (a bundle a rank, reserved before), each beside a rank; None: their own.
+        share: of a GPU for each, where there is a host.
     """
 
     def __init__(
@@ -47,8 +55,10 @@ class ScorerGroup:
         device: str,
         dtype: str,
         deadlines: Deadlines,
+        host: Host | None = None,
+        share: float = 1.0,
     ):
-        self._config, self._deadlines = config, deadlines
+        self._config, self._deadlines, self._host, self._share = config, deadlines, host, share
         self.spec = ScorerSpec(
             teachers=dict(teachers),
             reference=reference if reward_scale != 1 else None,
@@ -79,7 +89,10 @@ class ScorerGroup:
             ConfigError: a folder holds no model to score with.
         """
         bundle = self._bundle
-        self._placement = reserve([bundle] * self._config.ranks, what="scorer", timeout=self._deadlines.placement)
+        if self._host is not None:
+            self._placement = self._host.placement
+        else:
+            self._placement = reserve([bundle] * self._config.ranks, what="scorer", timeout=self._deadlines.placement)
         self._workers = [self._actor(rank, bundle) for rank in range(self._config.ranks)]
         return self._loaded([worker.start.remote() for worker in self._workers])
 
@@ -141,7 +154,8 @@ class ScorerGroup:
 
     @property
     def _bundle(self) -> dict[str, float]:
-        return {"CPU": float(self._config.threads)} | ({"GPU": 1.0} if self.spec.device == "gpu" else {})
+        cpus = float(self._config.threads) if self._host is None else 1.0  # a lodger's one
+        return {"CPU": cpus} | ({"GPU": self._share} if self.spec.device == "gpu" else {})
 
     def _tokens(self, batch: Batch) -> np.ndarray:
         prompts = batch.lengths("teacher_prompt_ids" if "teacher_prompt_ids" in batch else "prompt_ids")
@@ -152,9 +166,9 @@ class ScorerGroup:
         for worker in self._workers:
             ray.kill(worker)
         self._workers = []
-        if self._placement is not None:
+        if self._placement is not None and self._host is None:
             remove_placement_group(self._placement)
-            self._placement = None
+        self._placement = None
 
 
 def _merge(scored: list[Batch], shards: list[np.ndarray]) -> dict[str, pa.ChunkedArray]:

@@ -1,7 +1,7 @@
 """A pipeline's story with several seeds: accuracy of all its models on tasks that no run saw, and the first and last steps of its runs.
 
-Each seed is the whole pipeline, such as `jobs/configs/gopd/quickstart.yaml` or `jobs/configs/hpd/study.yaml`; stages that are done are not run again, so a bench that
-was cut off goes on where it was.
+Each seed is the whole pipeline, such as `jobs/configs/gopd/quickstart.yaml` or `jobs/configs/hpd/study.yaml`; stages that are done are
+not run again, so a bench that was cut off goes on where it was.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {"pipeline": "gopd/quickstart", "seeds": [0, 1, 2], "
 
 
 def run(pipeline: str, seeds: list[int], runs: str) -> dict[str, Any]:
-    """Per seed: accuracy by model and domain, means of `TOLD` over each run's first and last five steps, seconds, peak GiB of all processes.
+    """Per seed: accuracy by model and domain, means of `TOLD` over each run's first and last five steps, seconds, peak GiB.
 
     Args:
         pipeline: a file of jobs/configs, without its ending.

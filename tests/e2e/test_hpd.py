@@ -48,13 +48,16 @@ def config(place: Workplace, **more: Any) -> dict[str, Any]:
 
 
 def test_killed_in_the_middle_of_an_epoch_it_goes_on_exactly(place: Workplace) -> None:
-    """50 usable rows and batches of 8: the second epoch begins inside a batch, and its draws are others than the first's."""
+    """50 usable rows and batches of 8: the second epoch begins inside a batch, and its draws are others than the first's.
+
+    Where the scorer lives changes nothing: it moves to the trainer's place on the way.
+    """
     calm = place.run("hpd", "calm", config(place))
     run = place.start("hpd", "killed", config(place))
     place.await_lines(run, "killed", 9)
     run.kill()
     run.wait()
-    killed = place.run("hpd", "killed", config(place))
+    killed = place.run("hpd", "killed", config(place), "scoring.placement=colocated")
     assert not list(differences(calm, killed))
     steps = place.metrics("calm")
     assert [step["step"] for step in steps] == list(range(STEPS)) and place.metrics("killed") == steps
@@ -77,6 +80,7 @@ def test_killed_in_the_middle_of_an_epoch_it_goes_on_exactly(place: Workplace) -
     [
         ("teachers={math: TEACHER}", "unknown domain tag 'add'"),
         ("loss=akl", "loss"),
+        ("scoring={placement: colocated, ranks: 2}", "set scoring.ranks=1"),
         ("trainer.mini_batches=2", "the weights are those of the step's own student"),
     ],
 )
