@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +23,20 @@ from raysys.scoring.scorer import ScorerSpec, ScorerWorker
 log = logging.getLogger(__name__)
 
 _READ = ("prompt_id", "domain", "prompt_ids", "teacher_prompt_ids", "response_ids", "answer", "verifier", "metadata")
+
+
+Queries = Ragged | Iterable[tuple[np.ndarray, Ragged | None]] | None
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A piece of a batch on its way through a scorer."""
+
+    rank: int
+    rows: np.ndarray
+    work: tuple[Batch, Ragged | None]
+    ref: Any
+    worker: Any
 
 
 class Host(Protocol):
@@ -106,13 +122,13 @@ class ScorerGroup:
     def _loaded(self, refs: list[Any]) -> list[dict[str, Any]]:
         return get(refs, timeout=self._deadlines.start, actor="scorer", operation="load the frozen models", knob="deadlines.start")
 
-    def annotate(self, batch: Batch, queries: Ragged | None = None) -> Batch:
+    def annotate(self, batch: Batch, queries: Queries = None) -> Batch:
         """The same rows with `teacher_logprobs` [, `reference_logprobs`] and, if any row has a verifier, `reward` (0 for rows without).
 
         Args:
             batch: rows with responses.
-            queries: ids to score in place of the sampled ones, K for each response token, flat by row (see `ScorerWorker.score`).
-                They are kept in the column `query_ids`.
+            queries: ids to score in place of the sampled ones, K for each response token, flat by row (see `ScorerWorker.score`); or pairs
+                of consecutive rows and their ids, which are scored as they come. They are kept in the column `query_ids`.
 
         Raises:
             DataError: a tag has no teacher (checked before any work is sent), or a row does not fit the models.
@@ -122,27 +138,47 @@ class ScorerGroup:
         route(batch.strings("domain"), batch.strings("prompt_id"), self.spec.teachers)
         if not len(batch):
             return batch
-        shards = [rows for rows in shard(self._tokens(batch), len(self._workers)) if len(rows)]
         needed = Batch(batch.table.select([name for name in _READ if name in batch]))
         if "verifier" in needed and not any(needed.strings("verifier")):
             needed = Batch(needed.table.drop_columns("verifier"))
-        work = [(needed.take(rows), None if queries is None else Ragged.of([queries[row] for row in rows], np.int32)) for rows in shards]
-        refs = [worker.score.remote(*part) for worker, part in zip(self._workers, work, strict=False)]
-        scored = [self._scored(rank, refs[rank], work[rank]) for rank in range(len(refs))]
-        asked = {} if queries is None else {"query_ids": queries}
-        return batch.with_columns(**_merge(scored, shards), **asked)
+        if queries is None or isinstance(queries, Ragged):
+            queries = iter([(np.arange(len(batch)), queries)])
+        sent: list[_Sent] = []
+        asked: list[np.ndarray] = []
+        for rows, ids in queries:
+            sent += self._send(needed, rows, ids)
+            asked += [] if ids is None else ids.rows()
+        scored = [self._scored(part) for part in sent]
+        kept = {"query_ids": Ragged.of(asked, np.int32)} if asked else {}
+        return batch.with_columns(**_merge(scored, [part.rows for part in sent]), **kept)
 
-    def _scored(self, rank: int, ref: Any, part: tuple[Batch, Ragged | None]) -> Batch:
+    def _send(self, batch: Batch, rows: np.ndarray, queries: Ragged | None) -> list[_Sent]:
+        """Deals these rows out to the ranks; `queries` are theirs."""
+        part, sent = batch.take(rows), []
+        for rank, own in enumerate(shard(self._tokens(part), len(self._workers))):
+            if len(own):
+                work = (part.take(own), None if queries is None else Ragged.of([queries[row] for row in own], np.int32))
+                worker = self._workers[rank]
+                sent.append(_Sent(rank, rows[own], work, worker.score.remote(*work), worker))
+        return sent
+
+    def _scored(self, sent: _Sent) -> Batch:
         """A rank's answer; when it dies or hangs, that of the actor which takes its place: scoring twice gives the same twice."""
+        rank, ref, worker = sent.rank, sent.ref, sent.worker
         for left in reversed(range(self._config.retries + 1)):
             try:
-                ref = ref or self._replaced(rank).score.remote(*part)
+                if ref is None:
+                    # Another part may have found the loss out before.
+                    worker = self._replaced(rank) if self._workers[rank] is worker else self._workers[rank]
+                    ref = worker.score.remote(*sent.work)
                 return get(ref, timeout=self._deadlines.score, actor=f"scorer {rank}", operation="score a batch", knob="deadlines.score")
             except InfrastructureError as error:
                 if not left or not (isinstance(error, DeadlineError) or died(error)):
                     raise
-                log.warning("%s; another takes its place", error.message)
-                self.lost, ref = self.lost + 1, None
+                if self._workers[rank] is worker:
+                    log.warning("%s; another takes its place", error.message)
+                    self.lost += 1
+                ref = None
         raise AssertionError("the last try returns or raises")
 
     def _replaced(self, rank: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,8 @@ from raysys.training.objectives import Micro, Outputs, by_domain
 if TYPE_CHECKING:
     from torch import Tensor
 
+PARTS = 4
+"""Of a batch, on their way from trainer to teacher: what the two do at the same time."""
 DOUBT = -1.0
 """k falls below this only where the student is nearly sure of a token that the teacher gives less than a third of that."""
 
@@ -51,12 +53,16 @@ class HpdObjective:
     def asks(self) -> tuple[str, ...]:
         return ("draw_ids",) if self.draws else ()
 
-    def queries(self, trainer: Any, batch: Batch) -> Ragged | None:
-        """Data token and draw of each position; None where nothing is drawn: then the data's tokens are scored."""
-        if not self.draws:
-            return None
-        data, drawn = batch.ragged("response_ids"), trainer.draw(batch)
-        return Ragged(np.stack([data.values, drawn.values], 1).astype(np.int32).ravel(), data.offsets * 2)
+    def queries(self, trainer: Any, batch: Batch) -> Iterator[tuple[np.ndarray, Ragged]] | None:
+        """Data token and draw of each position, some rows at a time, so that the teacher scores while the trainer draws the next ones; None
+        where nothing is drawn: then the data's tokens are scored."""
+        return self._drawn(trainer, batch) if self.draws else None
+
+    def _drawn(self, trainer: Any, batch: Batch) -> Iterator[tuple[np.ndarray, Ragged]]:
+        for rows in np.array_split(np.arange(len(batch)), min(PARTS, len(batch))):
+            part = batch.slice(int(rows[0]), len(rows))
+            data, drawn = part.ragged("response_ids"), trainer.draw(part)
+            yield rows, Ragged(np.stack([data.values, drawn.values], 1).astype(np.int32).ravel(), data.offsets * 2)
 
     def advantages(self, batch: Batch) -> Batch:
         """The teacher's answers, one column a token; weights are made in the step, where the student's log-probs are."""

@@ -7,9 +7,11 @@ Legend: B rows of a micro-batch, R response tokens (right padded).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
 
 from raysys.batch import Batch, Ragged
 from raysys.config.runs import GopdConfig
@@ -61,8 +63,8 @@ class Objective(Protocol):
         """What the loss is a mean over; micro-batches weigh by their share of it."""
         ...
 
-    def queries(self, trainer: Any, batch: Batch) -> Ragged | None:
-        """Ids to score in place of the sampled ones; None for the sampled ones."""
+    def queries(self, trainer: Any, batch: Batch) -> Iterator[tuple[np.ndarray, Ragged]] | None:
+        """Ids to score in place of the sampled ones: some consecutive rows at a time, K a response token; None for the sampled ones."""
         ...
 
     def advantages(self, batch: Batch) -> Batch:
@@ -106,7 +108,7 @@ class GopdObjective:
     def weighting(self) -> Literal["token", "sequence"]:
         return "token" if self.aggregation == "token" else "sequence"
 
-    def queries(self, trainer: Any, batch: Batch) -> Ragged | None:
+    def queries(self, trainer: Any, batch: Batch) -> None:
         return None
 
     def advantages(self, batch: Batch) -> Batch:
@@ -145,7 +147,7 @@ class SftObjective:
     asks: tuple[str, ...] = ()
     weighting: Literal["token", "sequence"] = "token"
 
-    def queries(self, trainer: Any, batch: Batch) -> Ragged | None:
+    def queries(self, trainer: Any, batch: Batch) -> None:
         return None
 
     def advantages(self, batch: Batch) -> Batch:

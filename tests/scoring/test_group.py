@@ -97,10 +97,20 @@ def test_two_ranks_answer_as_one_worker_does(ray_head, tmp_path):
             assert scorers.annotate(rows).table.equals(scored.table)
             os.kill(pids[1], signal.SIGKILL)
             assert scorers.annotate(rows).table.equals(scored.table) and scorers.lost == 1
+            assert np.array_equal(queried.ragged("query_ids").values, asked.values) and "query_ids" not in scored
+
+            def parts():
+                """Four rows, then one of the scorers dies with work in hand, then the others."""
+                yield np.arange(4), Ragged.of([asked[row] for row in range(4)], np.int32)
+                os.kill(pids[0], signal.SIGKILL)
+                yield np.arange(4, 9), Ragged.of([asked[row] for row in range(4, 9)], np.int32)
+
+            pieces = scorers.annotate(rows, parts())
+            assert scorers.lost == 2 and np.array_equal(pieces.ragged("query_ids").values, asked.values) and pieces.ids == rows.ids
         assert rewarded.numbers("reward").tolist() == [0.0] * 9
         alone = ScorerWorker(scorers.spec)
         alone.start()
-        for got, want in ((scored, alone.score(rows)), (queried, alone.score(rows, asked))):
+        for got, want in ((scored, alone.score(rows)), (queried, alone.score(rows, asked)), (pieces, alone.score(rows, asked))):
             assert got.ids == rows.ids
             for name in ("teacher_logprobs", "reference_logprobs"):
                 np.testing.assert_array_equal(got.ragged(name).offsets, want.ragged(name).offsets)

@@ -13,7 +13,7 @@ from raysys.batch import Batch, Ragged
 from raysys.config.runs import HpdConfig
 from raysys.methods import hpd
 from raysys.report.charts import CURVES
-from raysys.training.hybrid import HpdObjective, uniforms
+from raysys.training.hybrid import PARTS, HpdObjective, uniforms
 from raysys.training.objectives import SftObjective
 from tests.training import work
 from tests.training.work import RATE, gopd_batch, merged, spec, train
@@ -25,10 +25,20 @@ class Drawer:
     """A trainer that draws what it was told."""
 
     def __init__(self, draws: Ragged):
-        self.draws = draws
+        self.draws = dict(zip(BATCH.ids, draws.rows(), strict=True))
 
     def draw(self, batch: Batch) -> Ragged:
-        return self.draws
+        return Ragged.of([self.draws[name] for name in batch.ids], np.int32)
+
+
+def asked(objective: HpdObjective, draws: Ragged) -> Ragged | None:
+    """The queries of all rows together."""
+    parts = objective.queries(Drawer(draws), BATCH)
+    if parts is None:
+        return None
+    parts = list(parts)
+    assert np.concatenate([rows for rows, _ in parts]).tolist() == list(range(len(BATCH))) and len(parts) == PARTS
+    return Ragged.of([ids for _, part in parts for ids in part.rows()], np.int32)
 
 
 def tables(folder: str, batch: Batch) -> list[torch.Tensor]:
@@ -95,7 +105,7 @@ def test_uniforms_follow_seed_and_sample() -> None:
 
 def test_queries_are_data_token_and_draw_and_come_back_as_columns(drawn: Ragged, models) -> None:
     objective = HpdObjective()
-    queries = objective.queries(Drawer(drawn), BATCH)
+    queries = asked(objective, drawn)
     data = BATCH.ragged("response_ids")
     assert queries is not None and queries[3].reshape(-1, 2).tolist() == [list(two) for two in zip(data[3].tolist(), drawn[3].tolist())]
     batch = objective.advantages(scored(BATCH, queries, tables(models["tied"], BATCH)))
@@ -130,7 +140,7 @@ def direct(models, draws: Ragged, kind: str) -> tuple[float, dict[str, torch.Ten
 def test_a_step_is_the_loss_on_the_logits(drawn: Ragged, solo, pair, models, kind: str, ranks: int, stage: int) -> None:
     objective = HpdObjective(kind=kind)  # type: ignore[arg-type]
     of = spec(models["untied"], objective, zero_stage=stage, micro_batch_tokens=20)
-    queries = objective.queries(Drawer(drawn), BATCH)
+    queries = asked(objective, drawn)
     teacher = tables(models["tied"], BATCH)
     if queries is None:
         plain = [
@@ -160,7 +170,7 @@ def test_sft_is_the_sft_objective_with_another_name(solo, models) -> None:
 
 def test_metrics_of_a_step_are_those_of_the_whole_batch(drawn: Ragged, pair, models) -> None:
     objective = HpdObjective()
-    batch = objective.advantages(scored(BATCH, objective.queries(Drawer(drawn), BATCH), tables(models["tied"], BATCH)))  # type: ignore[arg-type]
+    batch = objective.advantages(scored(BATCH, asked(objective, drawn), tables(models["tied"], BATCH)))  # type: ignore[arg-type]
     told = merged(pair(train, of=spec(models["untied"], objective, micro_batch_tokens=20), batches=[batch]))
     student, teacher = (torch.cat(tables(models[name], BATCH)).detach()[None] for name in ("untied", "tied"))
     data, draws = (torch.from_numpy(x.astype(np.int64))[None] for x in (BATCH.ragged("response_ids").values, drawn.values))
