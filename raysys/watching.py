@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raysys.config.runs import GopdConfig
+from raysys.config.runs import GopdConfig, HpdConfig, SftConfig
 from raysys.errors import ConfigError
 from raysys.job import Session
 from raysys.loop import Parts
@@ -18,8 +18,17 @@ from raysys.runtime import waits
 
 _STALE_SECONDS = 15.0
 
+Trains = GopdConfig | SftConfig | HpdConfig
 
-def status(config: GopdConfig, session: Session, parts: Parts, pool: RolloutPool | None, source: Any) -> dict[str, Any]:
+
+def scorer_ranks(config: Trains) -> int:
+    """Scorers that the run has: none where no teacher is asked."""
+    if isinstance(config, HpdConfig):
+        return config.scoring.ranks if config.loss != "sft" else 0
+    return config.scoring.ranks if isinstance(config, GopdConfig) else 0
+
+
+def status(config: Trains, session: Session, parts: Parts, pool: RolloutPool | None, source: Any) -> dict[str, Any]:
     """What `raysys doctor --job` shows and Prometheus gets."""
     return {
         "run": session.folder.name,
@@ -28,7 +37,7 @@ def status(config: GopdConfig, session: Session, parts: Parts, pool: RolloutPool
         "phase": parts.watch.phase,
         "waits": waits(),
         "trainers": [f"trainer rank {rank}" for rank in range(config.trainer.ranks)],
-        "scorers": [f"scorer {rank}" for rank in range(config.scoring.ranks)],
+        "scorers": [f"scorer {rank}" for rank in range(scorer_ranks(config))],
         "pool": pool.status() if pool is not None else {},
         "source": source.status() if isinstance(source, OnPolicySource) else {},
     }
@@ -37,7 +46,8 @@ def status(config: GopdConfig, session: Session, parts: Parts, pool: RolloutPool
 class Usage:
     """Device-seconds by what they went into. A device is a GPU, or on CPU what an actor stands for: an engine, a scorer, a trainer rank."""
 
-    def __init__(self, pool: RolloutPool | None, config: GopdConfig):
+    def __init__(self, pool: RolloutPool | None, config: Trains):
+        self._scorers = scorer_ranks(config)
         self._pool, self._config, self._busy = pool, config, 0.0
         self.total: dict[str, float] = {}
 
@@ -48,12 +58,12 @@ class Usage:
         busy = pool.busy_seconds() if pool is not None else 0.0
         spent = {
             "generating": max(0.0, busy - self._busy) * config.rollout.tensor_parallel,
-            "scoring": seconds.get("score", 0.0) * config.scoring.ranks,
+            "scoring": seconds.get("score", 0.0) * self._scorers,
             "training": seconds.get("train", 0.0) * config.trainer.ranks,
             "pushing": seconds.get("push", 0.0) * (config.trainer.ranks + engines),
         }
         self._busy = busy
-        devices = engines + config.scoring.ranks + config.trainer.ranks
+        devices = engines + self._scorers + config.trainer.ranks
         spent["idle"] = max(0.0, seconds["total"] * devices - sum(spent.values()))
         for name, value in spent.items():
             self.total[name] = self.total.get(name, 0.0) + value
@@ -83,7 +93,7 @@ def describe(folder: Path) -> list[str]:
     """Lines for people: what the run does, each actor, and who waits for whom, the longest wait first."""
     file = folder / "ledger" / FILE
     if not file.is_file():
-        return [f"{folder.name}: no status; it is not a run that generates, or it ended before its first step"]
+        return [f"{folder.name}: no status; it is not a run that trains, or it ended before its first step"]
     status = _read(file)
     age = time.time() - file.stat().st_mtime
     where = f"pid {status.get('pid')} on {status.get('host')}"

@@ -151,9 +151,12 @@ def _on_data(config: SftConfig | HpdConfig, session: Session, student: str, obje
         evaluator: Evaluates = NoEvaluation()
         if pool is not None:
             evaluator = open_evaluator(config, session, pool, trainer, student, before=open_pusher(config, trainer, pool, student).push)
-        metrics = Doubts(open_metrics(config, session, stack))
+        usage = Usage(None, config)
+        metrics = Doubts(open_metrics(config, session, stack, usage))
         parts = Parts(source, scorers, objective, trainer, NoPush(), session.ledger, evaluator, metrics)
+        stack.enter_context(Live(session.folder, session.job, lambda: status(config, session, parts, pool, source)))
         finish(config, session, parts, trainer, max_age=0)
+        log.info(usage.summary())
         tell_bad_rows(stream)
 
 
