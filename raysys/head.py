@@ -147,13 +147,39 @@ def start(
     """
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     _sweep(home)
+    with _ports_to_itself():
+        return _start(home, cpus, resources, gcs_port, options, timeout)
+
+
+@contextlib.contextmanager
+def _ports_to_itself() -> Iterator[None]:
+    """One head of this user starts at a time, whatever its home: between finding a port free and taking it others would find it too."""
+    path = Path(tempfile.gettempdir()) / f"raysys-{os.getuid()}-ports.lock"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)  # the folder is everybody's: nothing there is followed or emptied
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _start(
+    home: Path,
+    cpus: int | None,
+    resources: Mapping[str, float] | None,
+    gcs_port: int | None,
+    options: Sequence[str],
+    timeout: float,
+) -> Head:
     temp = Path(tempfile.mkdtemp(prefix=_temp_prefix(home)))
-    gcs_port, dashboard_port = gcs_port or free_port(), _dashboard_port()
+    dashboard_port = _dashboard_port()
+    free = free_ports(4)
+    gcs_port = gcs_port or free[0]
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", "--log-color=false"),
         f"--port={gcs_port}",
-        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={free_port()}"),
-        *(f"--metrics-export-port={free_port()}", f"--ray-client-server-port={free_port()}"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", f"--dashboard-agent-listen-port={free[1]}"),
+        *(f"--metrics-export-port={free[2]}", f"--ray-client-server-port={free[3]}"),
         *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={temp}"),
         *(f"--num-cpus={cpus or max(8, os.cpu_count() or 1)}", f"--object-store-memory={_store_bytes()}"),
         *([f"--resources={json.dumps(dict(resources))}"] if resources else []),
@@ -214,6 +240,15 @@ def free_port(preferred: int = 0) -> int:
                 continue
             return probe.getsockname()[1]
     raise InfrastructureError("this machine has no free TCP port")
+
+
+def free_ports(count: int) -> list[int]:
+    """So many different TCP ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:  # all are held until the last one is found
+            probe.bind(("", 0))
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def _dashboard_port() -> int:
