@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from raysys.methods.logprobs_blocks import Head, draw, gradients, normalise
+from raysys.methods.logprobs_blocks import Head, Kept, draw, gradients, normalise
 from raysys.methods.tensors import check_chunk, check_ids
 
 
@@ -92,7 +92,7 @@ def token_logprobs(
         ValueError: shapes, dtypes or devices disagree, an id is outside the vocabulary, or temperature or chunk_tokens is not positive.
     """
     _check(hidden, unembedding, ids, temperature, chunk_tokens, bias)
-    logprobs, entropies, _ = _TokenLogprobs.apply(hidden, unembedding, bias, _table(ids), None, float(temperature), chunk_tokens, entropy)
+    logprobs, entropies, _ = _apply(hidden, unembedding, bias, _table(ids), None, float(temperature), chunk_tokens, entropy)
     logprobs = logprobs.reshape(ids.shape)
     return (logprobs, entropies) if entropy else logprobs
 
@@ -130,9 +130,7 @@ def draw_logprobs(
     """
     _check(hidden, unembedding, ids, temperature, chunk_tokens, bias)
     _check_uniform(uniform, hidden)
-    logprobs, entropies, draws = _TokenLogprobs.apply(
-        hidden, unembedding, bias, _table(ids), uniform, float(temperature), chunk_tokens, entropy
-    )
+    logprobs, entropies, draws = _apply(hidden, unembedding, bias, _table(ids), uniform, float(temperature), chunk_tokens, entropy)
     return Drawn(draws, logprobs, entropies)
 
 
@@ -177,9 +175,11 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         chunk: int,
         entropy: bool,
+        backward: bool,
     ):
         head = Head(hidden, unembedding, bias, temperature, chunk)
-        sums = normalise(head, ids, entropy, uniform is not None)
+        ctx.kept = Kept.plan(head, ctx.needs_input_grad[1]) if backward else Kept()
+        sums = normalise(head, ids, entropy, uniform is not None, ctx.kept)
         logprobs, draws = sums.selected - sums.log_z[:, None], ids.new_empty(0)
         if uniform is not None:
             draws, drawn = draw(head, sums, uniform)
@@ -194,7 +194,13 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None):
         hidden, unembedding, bias, ids, log_z = ctx.saved_tensors
         head = Head(hidden, unembedding, bias, ctx.temperature, ctx.chunk)
-        return *gradients(head, ids, log_z, grad.to(log_z.dtype), ctx.needs_input_grad[:3]), None, None, None, None, None
+        return *gradients(head, ids, log_z, grad.to(log_z.dtype), ctx.needs_input_grad[:3], ctx.kept), *[None] * 6
+
+
+def _apply(hidden: Tensor, unembedding: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    # Only out here is it known whether gradients are on: inside they are off, and `needs_input_grad` does not say.
+    backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, unembedding, bias))
+    return _TokenLogprobs.apply(hidden, unembedding, bias, *rest, backward)
 
 
 def _table(ids: Tensor) -> Tensor:

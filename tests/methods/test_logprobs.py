@@ -11,10 +11,12 @@ from raysys.methods.logprobs import token_logprobs
 N, D, V = 13, 5, 301
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Several blocks of the vocabulary even at this size (their smallest width is 256)."""
+@pytest.fixture(autouse=True, params=["none kept", "one kept", "all kept"])
+def small_blocks(monkeypatch, request):
+    """Two blocks of the vocabulary even at this size, of which the backward pass finds none, one or both as the forward pass left them."""
     monkeypatch.setattr(logprobs_blocks, "CPU_BLOCK", 1)
+    monkeypatch.setattr(logprobs_blocks, "KEPT_FLOOR", 2**26 if request.param == "all kept" else 0)
+    monkeypatch.setattr(logprobs_blocks, "KEPT_SHARE", 0.7 if request.param == "one kept" else 0)
 
 
 def inputs(k: int | None = None, bias: bool = False, dtype: torch.dtype = torch.float64):
@@ -37,7 +39,7 @@ def plain(hidden, unembedding, offset, ids, temperature):
 @pytest.mark.parametrize("k", [None, 1, 2])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("chunk", [1, 4, 64])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_value_and_gradients_equal_the_plain_form(k, bias, temperature, chunk):
     hidden, unembedding, offset, ids = inputs(k, bias)
     leaves = [leaf for leaf in (hidden, unembedding, offset) if leaf is not None]
@@ -55,8 +57,44 @@ def test_value_and_gradients_equal_the_plain_form(k, bias, temperature, chunk):
 def test_gradients_equal_finite_differences():
     hidden, unembedding, offset, ids = inputs(2, bias=True)
     assert torch.autograd.gradcheck(
-        lambda h, u, b: token_logprobs(h, u, ids[:3], 0.8, 2, b), (hidden[:3], unembedding, offset), fast_mode=True
+        lambda h, u, b: token_logprobs(h, u, ids[:3], 0.8, 2, b),
+        (hidden[:3], unembedding, offset),
+        fast_mode=True,
+        nondet_tol=1e-12,  # the second backward pass of a graph finds nothing kept
     )
+
+
+def test_a_graph_may_be_gone_through_twice():
+    hidden, unembedding, _, ids = inputs()
+    out = token_logprobs(hidden, unembedding, ids).sum()
+    first, second = (torch.autograd.grad(out, (hidden, unembedding), retain_graph=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_nothing_is_kept_without_gradients(monkeypatch):
+    asked = []
+    monkeypatch.setattr(logprobs_blocks.Kept, "plan", lambda *_: asked.append(True) or logprobs_blocks.Kept())
+    hidden, unembedding, _, ids = inputs()
+    with torch.no_grad():
+        token_logprobs(hidden, unembedding, ids)
+    token_logprobs(hidden.detach(), unembedding.detach(), ids)
+    assert not asked
+    token_logprobs(hidden, unembedding, ids)
+    assert asked
+
+
+def test_chunks_give_the_same_loss_and_gradients():
+    hidden, unembedding, _, ids = inputs(2)
+    losses, grads = [], []
+    for chunk in (1, 7, 64, 10**6):
+        loss = -token_logprobs(hidden, unembedding, ids, 0.9, chunk).mean()
+        losses.append(loss.detach())
+        grads.append(torch.autograd.grad(loss, (hidden, unembedding)))
+    for loss, pair in zip(losses[1:], grads[1:], strict=True):
+        torch.testing.assert_close(loss, losses[0], rtol=0, atol=1e-13)
+        for a, b in zip(pair, grads[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
 
 def test_the_same_id_asked_for_twice():
@@ -114,14 +152,14 @@ def test_a_bias_of_minus_infinity_forbids_tokens():
 def test_lower_precisions_normalise_in_float32(dtype):
     hidden, unembedding, _, ids = inputs(dtype=dtype)
     got, entropy = token_logprobs(hidden, unembedding, ids, 0.9, 4, entropy=True)
-    want = torch.log_softmax((hidden @ unembedding.T).float() / 0.9, -1)
+    want = torch.log_softmax((hidden.float() @ unembedding.T.float()) / 0.9, -1)
     assert got.dtype == entropy.dtype == torch.float32
-    torch.testing.assert_close(got, want.gather(1, ids[:, None])[:, 0], rtol=0, atol=2e-6 if dtype == torch.float32 else 0.06)
+    torch.testing.assert_close(got, want.gather(1, ids[:, None])[:, 0], rtol=0, atol=2e-6)  # bfloat16 rounds inputs, not logits
     got_grads = torch.autograd.grad(got.sum(), (hidden, unembedding))
     want_grads = torch.autograd.grad(want.gather(1, ids[:, None]).sum(), (hidden, unembedding))
     for a, b in zip(got_grads, want_grads, strict=True):
         assert a.dtype == dtype
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-5 if dtype == torch.float32 else 0.07)
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5 if dtype == torch.float32 else 0.03)
 
 
 def test_no_positions_still_reach_the_parameters():
