@@ -1,4 +1,4 @@
-"""Log-probabilities of asked-for ids, and draws, without ever holding `[N, V]` logits: blocks of them, recomputed in backward.
+"""Log-probabilities of asked-for ids, and draws, block by block of the vocabulary: `[N, V]` logits never exist at once.
 
 Legend: N positions, D width, V vocabulary, K ids asked for at each position.
 
@@ -76,12 +76,13 @@ def token_logprobs(
     """Log-probs in nats of `ids` under softmax((hidden U^T + bias) / temperature).
 
     Args:
-        hidden: [N, D]; float64 stays float64, lower precisions multiply in their own dtype and normalise in float32.
+        hidden: [N, D]; float64 stays float64. Lower precisions multiply in their own dtype with float32 sums on a GPU (dz is rounded to
+            that dtype before its two products) and in float32 on CPU.
         unembedding: [V, D], same dtype. May be a DeepSpeed ZeRO-3 parameter when called inside its module's forward:
             the parameter object itself is saved, so that backward finds what the module's hook gathered again.
         ids: [N] or [N, K] integers in [0, V).
         temperature: divides the logits; positive.
-        chunk_tokens: positions whose logits may exist at once (of a block of the vocabulary only).
+        chunk_tokens: positions whose logits may be made at once (of a block of the vocabulary only).
         bias: [V], same dtype, or None.
         entropy: also return each position's entropy in nats, [N], without gradient.
 

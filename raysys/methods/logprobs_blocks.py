@@ -3,9 +3,11 @@
 Legend: N positions, D width, V vocabulary, w a block's width, B blocks, K ids asked for at each position.
 
 The vocabulary is the outer loop and positions the inner one, so a block of the unembedding's gradient is finished before the next begins.
-Where the backward pass recomputes every block it does four matrix products to the plain form's three. So on CPU, where the products are
-all of the time, the first blocks are kept: as many bytes as the unembedding's gradient will take, since each is let go before its part of
-that gradient is written, and in any case a third of the logits.
+Extra memory is one block of logits, float32 [N, D], and a float32 block of the unembedding's gradient where that is of lower precision.
+
+A backward pass that recomputes every block does four matrix products to the plain form's three. So on CPU, where products are nearly all of
+the time, the first blocks are kept: as many bytes as the unembedding's gradient will take, since each is let go as its part of that
+gradient is written, and in any case a third of what all logits would take (a ninth of the plain form's peak).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from raysys.methods.tensors import chunks, compute_dtype
 CPU_BLOCK, CPU_ROWS, CPU_WIDTH = 2**19, 512, 8192
 GPU_BLOCK = 2**24
 KEPT_SHARE = 1 / 3
+"""Of the bytes of all logits in float32 (float64)."""
 KEPT_FLOOR = 2**26
 """Bytes of blocks that are kept whatever their share."""
 SLAB = 2**26
@@ -163,6 +166,8 @@ def draw(head: Head, sums: Sums, uniform: Tensor) -> tuple[Tensor, Tensor]:
     order = index.argsort(stable=True)
     ends = torch.bincount(index, minlength=blocks).cumsum(0).tolist()
     for (start, stop), first, last in zip(head.blocks(), [0, *ends], ends, strict=False):
+        if first == last:
+            continue
         weight, bias = factor(head.unembedding[start:stop]), None if head.bias is None else head.bias[start:stop]
         for part in order[first:last].split(head.rows):
             made = product(factor(head.hidden[part]), weight.t())

@@ -11,12 +11,16 @@ from raysys.methods.logprobs import token_logprobs
 N, D, V = 13, 5, 301
 
 
-@pytest.fixture(autouse=True, params=["none kept", "one kept", "all kept"])
+@pytest.fixture(autouse=True)
 def small_blocks(monkeypatch, request):
-    """Two blocks of the vocabulary even at this size, of which the backward pass finds none, one or both as the forward pass left them."""
+    """Two blocks of the vocabulary even at this size, of which backward finds one as the forward pass left it, or none, or both."""
+    kept = getattr(request, "param", "one kept")
     monkeypatch.setattr(logprobs_blocks, "CPU_BLOCK", 1)
-    monkeypatch.setattr(logprobs_blocks, "KEPT_FLOOR", 2**26 if request.param == "all kept" else 0)
-    monkeypatch.setattr(logprobs_blocks, "KEPT_SHARE", 0.7 if request.param == "one kept" else 0)
+    monkeypatch.setattr(logprobs_blocks, "KEPT_FLOOR", 2**26 if kept == "all kept" else 0)
+    monkeypatch.setattr(logprobs_blocks, "KEPT_SHARE", 0.7 if kept == "one kept" else 0)
+
+
+however_many_kept = pytest.mark.parametrize("small_blocks", ["none kept", "one kept", "all kept"], indirect=True)
 
 
 def inputs(k: int | None = None, bias: bool = False, dtype: torch.dtype = torch.float64):
@@ -36,6 +40,7 @@ def plain(hidden, unembedding, offset, ids, temperature):
     return picked.reshape(ids.shape), -(table.exp() * table).sum(-1)
 
 
+@however_many_kept
 @pytest.mark.parametrize("k", [None, 1, 2])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -54,6 +59,7 @@ def test_value_and_gradients_equal_the_plain_form(k, bias, temperature, chunk):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@however_many_kept
 def test_gradients_equal_finite_differences():
     hidden, unembedding, offset, ids = inputs(2, bias=True)
     assert torch.autograd.gradcheck(
@@ -64,6 +70,7 @@ def test_gradients_equal_finite_differences():
     )
 
 
+@however_many_kept
 def test_a_graph_may_be_gone_through_twice():
     hidden, unembedding, _, ids = inputs()
     out = token_logprobs(hidden, unembedding, ids).sum()
@@ -84,6 +91,20 @@ def test_nothing_is_kept_without_gradients(monkeypatch):
     assert asked
 
 
+def test_what_is_kept_costs_no_peak(monkeypatch):
+    monkeypatch.undo()
+    width, vocabulary = 1536, 151_936
+    for n, dtype in ((1024, torch.float32), (2048, torch.float32), (8192, torch.float32), (2048, torch.bfloat16)):
+        tensors = (torch.empty(size, width, dtype=dtype, device="meta") for size in (n, vocabulary))
+        head = logprobs_blocks.Head(*tensors, None, 1.0, 1024)
+        start, stop = head.blocks()[0]
+        kept = logprobs_blocks.Kept.plan(head, True)
+        taken = min(kept.limit, len(head.blocks())) * n * (stop - start) * dtype.itemsize
+        assert taken <= max(head.unembedding.nbytes, n * vocabulary * 4 / 3)
+        assert (kept.limit >= len(head.blocks())) == (n <= width)
+
+
+@however_many_kept
 def test_chunks_give_the_same_loss_and_gradients():
     hidden, unembedding, _, ids = inputs(2)
     losses, grads = [], []
@@ -107,6 +128,7 @@ def test_the_same_id_asked_for_twice():
     )
 
 
+@however_many_kept
 def test_tied_weights_gather_both_gradients():
     torch.manual_seed(1)
     weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
@@ -127,6 +149,7 @@ def test_only_wanted_gradients_are_made():
     assert not token_logprobs(hidden.detach(), unembedding.detach(), ids).requires_grad
 
 
+@however_many_kept
 def test_extreme_logits_stay_finite_and_never_above_zero():
     hidden = torch.tensor([[1e4], [-1e4], [0.0]], dtype=torch.float32, requires_grad=True)
     unembedding = torch.linspace(-1, 1, V)[:, None].requires_grad_()
@@ -136,6 +159,7 @@ def test_extreme_logits_stay_finite_and_never_above_zero():
     assert torch.isfinite(entropy).all() and torch.isfinite(hidden.grad).all() and torch.isfinite(unembedding.grad).all()
 
 
+@however_many_kept
 def test_a_bias_of_minus_infinity_forbids_tokens():
     hidden, unembedding, offset, ids = inputs(bias=True)
     with torch.no_grad():
@@ -148,6 +172,7 @@ def test_a_bias_of_minus_infinity_forbids_tokens():
     assert torch.isfinite(torch.autograd.grad(got.sum(), hidden)[0]).all()
 
 
+@however_many_kept
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precisions_normalise_in_float32(dtype):
     hidden, unembedding, _, ids = inputs(dtype=dtype)
