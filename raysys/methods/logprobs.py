@@ -1,4 +1,4 @@
-"""Log-probabilities of asked-for ids, and draws, without ever holding `[N, V]` logits: blocks of them, recomputed in backward.
+"""Log-probabilities of asked-for ids, and draws, block by block of the vocabulary: `[N, V]` logits never exist at once.
 
 Legend: N positions, D width, V vocabulary, K ids asked for at each position.
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from raysys.methods.logprobs_blocks import Head, draw, gradients, normalise
+from raysys.methods.logprobs_blocks import Head, Kept, draw, gradients, normalise
 from raysys.methods.tensors import check_chunk, check_ids
 
 
@@ -76,12 +76,13 @@ def token_logprobs(
     """Log-probs in nats of `ids` under softmax((hidden U^T + bias) / temperature).
 
     Args:
-        hidden: [N, D]; float64 stays float64, lower precisions multiply in their own dtype and normalise in float32.
+        hidden: [N, D]; float64 stays float64. Lower precisions multiply in their own dtype with float32 sums on a GPU (dz is rounded to
+            that dtype before its two products) and in float32 on CPU.
         unembedding: [V, D], same dtype. May be a DeepSpeed ZeRO-3 parameter when called inside its module's forward:
             the parameter object itself is saved, so that backward finds what the module's hook gathered again.
         ids: [N] or [N, K] integers in [0, V).
         temperature: divides the logits; positive.
-        chunk_tokens: positions whose logits may exist at once (of a block of the vocabulary only).
+        chunk_tokens: positions whose logits may be made at once (of a block of the vocabulary only).
         bias: [V], same dtype, or None.
         entropy: also return each position's entropy in nats, [N], without gradient.
 
@@ -92,7 +93,7 @@ def token_logprobs(
         ValueError: shapes, dtypes or devices disagree, an id is outside the vocabulary, or temperature or chunk_tokens is not positive.
     """
     _check(hidden, unembedding, ids, temperature, chunk_tokens, bias)
-    logprobs, entropies, _ = _TokenLogprobs.apply(hidden, unembedding, bias, _table(ids), None, float(temperature), chunk_tokens, entropy)
+    logprobs, entropies, _ = _apply(hidden, unembedding, bias, _table(ids), None, float(temperature), chunk_tokens, entropy)
     logprobs = logprobs.reshape(ids.shape)
     return (logprobs, entropies) if entropy else logprobs
 
@@ -130,9 +131,7 @@ def draw_logprobs(
     """
     _check(hidden, unembedding, ids, temperature, chunk_tokens, bias)
     _check_uniform(uniform, hidden)
-    logprobs, entropies, draws = _TokenLogprobs.apply(
-        hidden, unembedding, bias, _table(ids), uniform, float(temperature), chunk_tokens, entropy
-    )
+    logprobs, entropies, draws = _apply(hidden, unembedding, bias, _table(ids), uniform, float(temperature), chunk_tokens, entropy)
     return Drawn(draws, logprobs, entropies)
 
 
@@ -177,9 +176,11 @@ class _TokenLogprobs(torch.autograd.Function):
         temperature: float,
         chunk: int,
         entropy: bool,
+        backward: bool,
     ):
         head = Head(hidden, unembedding, bias, temperature, chunk)
-        sums = normalise(head, ids, entropy, uniform is not None)
+        ctx.kept = Kept.plan(head, ctx.needs_input_grad[1]) if backward else Kept()
+        sums = normalise(head, ids, entropy, uniform is not None, ctx.kept)
         logprobs, draws = sums.selected - sums.log_z[:, None], ids.new_empty(0)
         if uniform is not None:
             draws, drawn = draw(head, sums, uniform)
@@ -194,7 +195,13 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None):
         hidden, unembedding, bias, ids, log_z = ctx.saved_tensors
         head = Head(hidden, unembedding, bias, ctx.temperature, ctx.chunk)
-        return *gradients(head, ids, log_z, grad.to(log_z.dtype), ctx.needs_input_grad[:3]), None, None, None, None, None
+        return *gradients(head, ids, log_z, grad.to(log_z.dtype), ctx.needs_input_grad[:3], ctx.kept), *[None] * 6
+
+
+def _apply(hidden: Tensor, unembedding: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    # Only out here is it known whether gradients are on: inside they are off, and `needs_input_grad` does not say.
+    backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, unembedding, bias))
+    return _TokenLogprobs.apply(hidden, unembedding, bias, *rest, backward)
 
 
 def _table(ids: Tensor) -> Tensor:

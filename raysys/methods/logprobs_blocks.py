@@ -1,23 +1,36 @@
 """The passes over blocks of the vocabulary behind `raysys.methods.logprobs`: normaliser, draw, gradients.
 
-Legend: N positions, n of them in one block, D width, V vocabulary, w a block's width, B blocks, K ids asked for at each position.
+Legend: N positions, D width, V vocabulary, w a block's width, B blocks, K ids asked for at each position.
 
 The vocabulary is the outer loop and positions the inner one, so a block of the unembedding's gradient is finished before the next begins.
+Extra memory is one block of logits, float32 [N, D], and a float32 block of the unembedding's gradient where that is of lower precision.
+
+A backward pass that recomputes every block does four matrix products to the plain form's three. So on CPU, where products are nearly all of
+the time, the first blocks are kept: as many bytes as the unembedding's gradient will take, since each is let go as its part of that
+gradient is written, and in any case a third of what all logits would take (a ninth of the plain form's peak).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from raysys.methods.logprobs_kernels import Block, Running, add_asked, kernels_for, logits
 from raysys.methods.tensors import chunks, compute_dtype
 
 # Logits that exist at once. On CPU a block should stay in cache between its passes, on a GPU it should fill the device.
-CPU_BLOCK = 2**19
+CPU_BLOCK, CPU_ROWS, CPU_WIDTH = 2**19, 512, 8192
 GPU_BLOCK = 2**24
+KEPT_SHARE = 1 / 3
+"""Of the bytes of all logits in float32 (float64)."""
+KEPT_FLOOR = 2**26
+"""Bytes of blocks that are kept whatever their share."""
+SLAB = 2**26
+"""Kept blocks are allocated at least so many bytes at a time: the C library gives smaller pieces back to itself, not to the system."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +47,63 @@ class Head:
     def dtype(self) -> torch.dtype:
         return compute_dtype(self.hidden)
 
+    @property
+    def rows(self) -> int:
+        most = max(1, min(self.chunk, len(self.hidden)))
+        return most if self.hidden.is_cuda else min(most, CPU_ROWS)
+
     def parts(self) -> list[slice]:
-        return chunks(len(self.hidden), self.chunk)
+        return chunks(len(self.hidden), self.rows)
 
     def blocks(self) -> list[tuple[int, int]]:
-        """Ranges of the vocabulary of equal width, no sliver at the end."""
-        budget = GPU_BLOCK if self.hidden.is_cuda else CPU_BLOCK
-        size, rows = len(self.unembedding), max(1, min(self.chunk, len(self.hidden)))
-        width = max(256, budget // rows)
-        width = math.ceil(size / math.ceil(size / width))
+        """Ranges of the vocabulary, of equal width but the last."""
+        size, budget = len(self.unembedding), GPU_BLOCK if self.hidden.is_cuda else CPU_BLOCK
+        width = max(256, budget // self.rows)
+        if not self.hidden.is_cuda:
+            width = min(width, CPU_WIDTH)
+        width = 64 * math.ceil(size / math.ceil(size / width) / 64)
         return [(start, min(start + width, size)) for start in range(0, size, width)]
 
-    def logits(self, rows: slice | Tensor, start: int, stop: int) -> Tensor:
-        """A new block [n, w] in float32 (float64), the caller's to overwrite."""
-        block = product(self.hidden[rows], self.unembedding[start:stop].t())
-        if self.bias is not None:
-            block += self.bias[start:stop]
-        return block if self.temperature == 1.0 else block.div_(self.temperature)
+    def factors(self) -> Iterator[tuple[int, int, Tensor, Tensor | None]]:
+        """(start, stop, unembedding, bias) of each block, as the products take them."""
+        for start, stop in self.blocks():
+            yield start, stop, factor(self.unembedding[start:stop]), None if self.bias is None else self.bias[start:stop]
+
+    def space(self) -> Tensor:
+        """Room for one block after the other; on a GPU the allocator has it at hand."""
+        start, stop = self.blocks()[0]
+        return self.hidden.new_empty(0 if self.hidden.is_cuda else self.rows * (stop - start), dtype=self.dtype)
+
+
+@dataclass
+class Kept:
+    """Blocks e^(z - top) [N, w] that the forward pass leaves to the backward pass, which takes each once."""
+
+    dtype: torch.dtype = torch.float32
+    limit: int = 0
+    """Blocks."""
+    blocks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By number; with the tops [N]."""
+    _room: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def plan(cls, head: Head, unembedding_wanted: bool) -> Kept:
+        # A float16 would lose what is small beside 1.
+        dtype = torch.float32 if head.hidden.dtype == torch.float16 else head.hidden.dtype
+        start, stop = head.blocks()[0]
+        one = len(head.hidden) * (stop - start) * dtype.itemsize
+        gradient = head.unembedding.nbytes if unembedding_wanted else 0
+        share = int(KEPT_SHARE * len(head.hidden) * len(head.unembedding) * head.dtype.itemsize)
+        return cls(dtype, 0 if head.hidden.is_cuda or not one else max(gradient, share, KEPT_FLOOR) // one)
+
+    def room(self, index: int, like: Tensor, width: int) -> Tensor | None:
+        """[N, width] to keep this block in, or None."""
+        if index >= self.limit:
+            return None
+        if not self._room:
+            many = min(self.limit - index, math.ceil(SLAB / max(1, len(like) * width * self.dtype.itemsize)))
+            self._room = list(like.new_empty(many, len(like), width, dtype=self.dtype).unbind())
+        return self._room.pop(0)[:, :width]
 
 
 @dataclass(frozen=True)
@@ -69,44 +122,40 @@ class Sums:
     """[N, B] float64 sum of e^(z - top) over each block alone; empty unless a draw follows."""
 
 
-def normalise(head: Head, ids: Tensor, entropy: bool = False, drawing: bool = False) -> Sums:
-    """One pass over the vocabulary with an online log-sum-exp."""
-    n, dtype, tiny = len(head.hidden), head.dtype, torch.finfo(head.dtype).min
-    blocks = head.blocks()
-    selected = head.hidden.new_zeros(ids.shape, dtype=dtype)
-    peak = head.hidden.new_full((n,), tiny, dtype=dtype)
-    # Where a draw follows, sums are float64: a boundary between two ids is a sum over up to V of them, and a float32 one would be wrong
-    # by as much as one id of 150,000 is worth.
-    mass = head.hidden.new_zeros(n, dtype=torch.float64 if drawing else dtype)
-    moment = torch.zeros_like(peak)  # sum (z-peak) e^(z-peak)
-    tops = peak.new_zeros(n, len(blocks) if drawing else 0)
-    masses = mass.new_zeros(tops.shape)
-    for index, (start, stop) in enumerate(blocks):
+def normalise(head: Head, ids: Tensor, entropy: bool, drawing: bool, kept: Kept) -> Sums:
+    """One pass over the vocabulary with an online log-sum-exp; leaves blocks in `kept`."""
+    states, space, blocks = factor(head.hidden), head.space(), len(head.blocks())
+    zeros = states.new_zeros(len(states), dtype=head.dtype)
+    # A boundary between two ids is a sum over up to V of them: in float32 it would be off by as much as one id of 150,000 is worth.
+    mass = zeros.to(torch.float64) if drawing else zeros
+    # The floor keeps a row whose logits are all -inf so far from becoming inf - inf.
+    peak = torch.full_like(zeros, torch.finfo(head.dtype).min)
+    moment, own = zeros.clone() if entropy else None, torch.zeros_like(mass) if drawing else None
+    running = Running(zeros.new_zeros(ids.shape), peak, mass.clone(), moment, own)
+    tops, masses = zeros.new_empty(len(zeros), blocks if drawing else 0), mass.new_empty(len(zeros), blocks if drawing else 0)
+    fold = kernels_for(zeros).fold
+    for index, (start, stop, weight, bias) in enumerate(head.factors()):
+        room = kept.room(index, states, stop - start)
         for rows in head.parts():
-            block = head.logits(rows, start, stop)
-            local, inside = _inside(ids[rows], start, stop)
-            selected[rows] = torch.where(inside, block.gather(1, local), selected[rows])
-            # The floor keeps a row whose logits are all -inf so far from becoming inf - inf.
-            top = torch.maximum(block.amax(1), peak[rows])
-            shrink = (peak[rows] - top).exp_()
-            shifted = block.sub_(top[:, None])
-            weights = shifted.exp() if entropy else shifted.exp_()
-            if entropy:
-                moment[rows] = shrink * (moment[rows] + (peak[rows] - top) * mass[rows]) + (weights * shifted.clamp_(min=tiny)).sum(1)
-            own = weights.sum(1, dtype=mass.dtype)
-            mass[rows] = mass[rows] * shrink + own
-            peak[rows] = top
-            if drawing:
-                tops[rows, index], masses[rows, index] = top, own
-    log_mass = mass.log().to(dtype)
-    spread = log_mass - moment / mass.to(dtype) if entropy else peak.new_zeros(0)
-    return Sums(selected, peak + log_mass, spread, tops, masses)
+            block = Block(product(states[rows], weight.t(), space), bias, head.temperature, ids[rows], start)
+            fold(block, running.at(rows), room is not None)
+            if room is not None:
+                room[rows] = block.product
+        if room is not None:
+            kept.blocks[index] = room, running.peak.clone()
+        if running.own is not None:
+            tops[:, index], masses[:, index] = running.peak, running.own
+    log_mass = running.mass.log().to(head.dtype)
+    spread = zeros.new_zeros(0) if running.moment is None else log_mass - running.moment / running.mass.to(head.dtype)
+    return Sums(running.selected, running.peak + log_mass, spread, tops, masses)
 
 
 def draw(head: Head, sums: Sums, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """[N] ids by inversion of the cumulative distribution at `uniform` [N], and their log-probs; of logits, only the blocks that hold them are
-    made again."""
-    blocks, n = head.blocks(), len(head.hidden)
+    """[N] ids by inversion of the cumulative distribution at `uniform` [N], and their log-probs.
+
+    A position's logits are made again for the one block that holds its number.
+    """
+    n, blocks = len(head.hidden), len(head.blocks())
     ids, logprobs = torch.zeros(n, dtype=torch.long, device=uniform.device), torch.zeros_like(sums.log_z)
     if not n:
         return ids, logprobs
@@ -115,10 +164,14 @@ def draw(head: Head, sums: Sums, uniform: Tensor) -> tuple[Tensor, Tensor]:
     shares = shares * (shares >= torch.finfo(head.dtype).tiny * len(head.unembedding))
     index, inner = _invert(shares, uniform)
     order = index.argsort(stable=True)
-    ends = torch.bincount(index, minlength=len(blocks)).cumsum(0).tolist()
-    for (start, stop), first, last in zip(blocks, [0, *ends], ends, strict=False):
-        for part in order[first:last].split(head.chunk):
-            block = head.logits(part, start, stop).sub_(sums.log_z[part, None])
+    ends = torch.bincount(index, minlength=blocks).cumsum(0).tolist()
+    for (start, stop), first, last in zip(head.blocks(), [0, *ends], ends, strict=False):
+        if first == last:
+            continue
+        weight, bias = factor(head.unembedding[start:stop]), None if head.bias is None else head.bias[start:stop]
+        for part in order[first:last].split(head.rows):
+            made = product(factor(head.hidden[part]), weight.t())
+            block = logits(Block(made, bias, head.temperature, ids[part, None], start)).sub_(sums.log_z[part, None])
             place, _ = _invert(block.exp(), inner[part])
             ids[part] = place + start
             # A logit made again may differ from the first one in its last bits, and so stand above the normaliser.
@@ -142,51 +195,76 @@ def _invert(shares: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradients(
-    head: Head, ids: Tensor, log_z: Tensor, grad: Tensor, wanted: tuple[bool, bool, bool]
+    head: Head, ids: Tensor, log_z: Tensor, grad: Tensor, wanted: tuple[bool, bool, bool], kept: Kept
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, unembedding and bias where wanted, given that of the log-probs `grad` [N, K]."""
-    hidden, unembedding, dtype = head.hidden, head.unembedding, log_z.dtype
-    to_hidden = torch.zeros_like(hidden, dtype=dtype) if wanted[0] else None
-    to_unembedding = torch.empty_like(unembedding) if wanted[1] else None
+    """Gradients of hidden, unembedding and bias where wanted, given that of the log-probs `grad` [N, K]. Takes what is `kept`."""
+    to_hidden = torch.zeros_like(head.hidden, dtype=head.dtype) if wanted[0] else None
+    to_unembedding = torch.empty_like(head.unembedding) if wanted[1] else None
     to_bias = torch.empty_like(head.bias) if head.bias is not None and wanted[2] else None
-    grad = grad / head.temperature
-    total = grad.sum(1, keepdim=True).neg_()
-    parts = head.parts()
-    for start, stop in head.blocks():
-        weight = unembedding[start:stop]
-        weight_sum = hidden.new_zeros(weight.shape, dtype=dtype) if to_unembedding is not None and len(parts) != 1 else None
-        bias_sum = hidden.new_zeros(stop - start, dtype=dtype) if to_bias is not None else None
-        for rows in parts:
-            block = head.logits(rows, start, stop)
-            block.sub_(log_z[rows, None]).exp_().mul_(total[rows])
-            local, inside = _inside(ids[rows], start, stop)
-            share = torch.where(inside, grad[rows], 0.0)
-            for k in range(ids.shape[1]):  # one entry a row and call: no two additions race for a place
-                block.scatter_add_(1, local[:, k : k + 1], share[:, k : k + 1])
-            if bias_sum is not None:
-                bias_sum += block.sum(0)
-            low = block.to(hidden.dtype)
+    states, space, grad = factor(head.hidden), head.space(), grad / head.temperature
+    total = grad.sum(1).neg_()
+    slope = kernels_for(log_z).slope
+    for index, (start, stop, weight, bias) in enumerate(head.factors()):
+        columns = None if to_unembedding is None else _Columns(to_unembedding[start:stop], head.dtype, len(head.parts()) == 1)
+        bias_sum = None if to_bias is None else log_z.new_zeros(stop - start)
+        room, tops = kept.blocks.pop(index, (None, log_z))
+        fall = total * (tops - log_z).exp()
+        for rows in head.parts():
+            if room is not None:
+                rise = add_asked(room[rows].to(head.dtype).mul_(fall[rows, None]), ids[rows], start, grad[rows])
+            else:
+                block = Block(product(states[rows], weight.t(), space), bias, head.temperature, ids[rows], start)
+                rise = slope(block, log_z[rows], grad[rows], total[rows], states.dtype)
             if to_hidden is not None:
-                _add_product(to_hidden[rows], low, weight)
-            if weight_sum is not None:
-                _add_product(weight_sum, low.t(), hidden[rows])
-            elif to_unembedding is not None:
-                torch.mm(low.t(), hidden[rows], out=to_unembedding[start:stop])
-        if to_unembedding is not None and weight_sum is not None:
-            to_unembedding[start:stop] = weight_sum
+                _add_product(to_hidden[rows], rise, weight)
+            if columns is not None:
+                columns.add(rise.t(), states[rows])
+            if bias_sum is not None:
+                bias_sum += rise.sum(0, dtype=bias_sum.dtype)
+        if columns is not None:
+            columns.close()
         if to_bias is not None and bias_sum is not None:
             to_bias[start:stop] = bias_sum
-    return None if to_hidden is None else to_hidden.to(hidden.dtype), to_unembedding, to_bias
+    return None if to_hidden is None else to_hidden.to(head.hidden.dtype), to_unembedding, to_bias
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right`, added up and returned in float32 (float64), whatever the dtype of the two."""
+class _Columns:
+    """Sum of products in `target` [w, D]; beside it in `dtype` where the target's own is lower and more than one product is added."""
+
+    def __init__(self, target: Tensor, dtype: torch.dtype, one: bool) -> None:
+        direct = target.dtype == dtype or (one and target.is_cuda)
+        self._target, self._sum = target, target if direct else torch.empty_like(target, dtype=dtype)
+        self._empty = True
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        if self._empty and left.dtype == self._sum.dtype:
+            self._sum.addmm_(left, right, beta=0)  # what was there, NaN too, has no effect
+        else:
+            _add_product(self._sum.zero_() if self._empty else self._sum, left, right)
+        self._empty = False
+
+    def close(self) -> None:
+        if self._empty:
+            self._target.zero_()
+        elif self._sum is not self._target:
+            self._target.copy_(self._sum)
+
+
+def factor(tensor: Tensor) -> Tensor:
+    """The tensor as products take it. On CPU that is float32 for lower precisions: their own products round logits to 8 bits, and without
+    instructions for them take ten times as long or more."""
+    return tensor if tensor.is_cuda else tensor.to(compute_dtype(tensor))
+
+
+def product(left: Tensor, right: Tensor, space: Tensor | None = None) -> Tensor:
+    """`left @ right` in float32 (float64), made in `space` on CPU if there is one."""
     dtype = compute_dtype(left)
-    if left.dtype == dtype:
-        return left @ right
-    if left.is_cuda:  # the product's own float32 accumulator, not rounded on its way out
+    if left.dtype != dtype:  # the product's own float32 accumulator, not rounded on its way out
         return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
+    if left.is_cuda or space is None:
+        return left @ right
+    size = (len(left), right.shape[1])
+    return torch.mm(left, right, out=space[: size[0] * size[1]].view(size))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -194,9 +272,3 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total += product(left, right)
-
-
-def _inside(ids: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Ids counted from `start` (any valid number where they are not in this block), and which are in it."""
-    inside = (ids >= start) & (ids < stop)
-    return (ids - start).clamp_(0, stop - start - 1), inside

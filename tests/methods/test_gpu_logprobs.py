@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raysys.methods.logprobs import token_logprobs
+from raysys.methods import logprobs_blocks, logprobs_kernels
+from raysys.methods.logprobs import draw_logprobs, draw_tokens, token_logprobs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")]
 
@@ -59,3 +60,39 @@ def test_chunks_do_not_matter():
     hidden, unembedding, ids = inputs(torch.float32)
     whole, parts = (token_logprobs(hidden, unembedding, ids, chunk_tokens=chunk) for chunk in (1024, 100))
     torch.testing.assert_close(whole, parts, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_is_used_and_equals_torch(dtype, monkeypatch):
+    """Both take the same products, so what is between them is a matter of float32 (of one rounding of dz in bfloat16)."""
+    pytest.importorskip("triton")
+    hidden, unembedding, ids = inputs(dtype)
+    bias = torch.linspace(-1, 1, V, device="cuda").to(dtype).requires_grad_()
+    uniform = torch.rand(N, generator=torch.Generator().manual_seed(2), dtype=torch.float64).cuda()
+    plain = logprobs_kernels.Kernels(logprobs_kernels.fold, logprobs_kernels.slope)
+    assert logprobs_kernels.kernels_for(hidden.float()).fold is not plain.fold
+    leaves, upstream = (hidden, unembedding, bias), torch.randn(N, 3, generator=torch.Generator().manual_seed(1)).cuda()
+    upstream[:, 2] = 0  # of the draw, which may differ where a number is within rounding of a boundary
+    mine = draw_logprobs(hidden, unembedding, ids, uniform, 0.9, 256, bias, entropy=True)
+    my_grads = torch.autograd.grad(mine.logprobs, leaves, upstream)
+    monkeypatch.setattr(logprobs_blocks, "kernels_for", lambda _: plain)
+    theirs = draw_logprobs(hidden, unembedding, ids, uniform, 0.9, 256, bias, entropy=True)
+    their_grads = torch.autograd.grad(theirs.logprobs, leaves, upstream)
+    same = mine.draws == theirs.draws
+    assert same.float().mean() > 0.99
+    assert (mine.logprobs - theirs.logprobs)[same].abs().max() < 1e-5
+    assert (mine.entropy - theirs.entropy).abs().max() < 1e-4
+    for a, b in zip(my_grads, their_grads, strict=True):
+        assert (a.double() - b.double()).norm() < (1e-5 if dtype == torch.float32 else 4e-3) * b.double().norm()
+
+
+def test_draws_are_the_inversion():
+    hidden, unembedding, _ = inputs(torch.float32)
+    uniform = torch.rand(N, generator=torch.Generator().manual_seed(2), dtype=torch.float64).cuda()
+    edges = torch.softmax(hidden.detach().double() @ unembedding.detach().double().T / 0.8, -1).cumsum(-1)
+    want = (edges <= uniform[:, None]).sum(-1)
+    near = (edges - uniform[:, None]).abs().min(-1).values < 1e-6
+    for chunk in (64, 1024):
+        ids, _ = draw_tokens(hidden, unembedding, uniform, 0.8, chunk)
+        assert torch.equal(ids[~near], want[~near])
+    assert near.float().mean() < 0.5
