@@ -146,7 +146,7 @@ class Trainer(Config):
     ranks: PositiveInt = placed(1)
     zero_stage: Literal[0, 1, 2, 3] = placed(1)
     micro_batch_tokens: PositiveInt = placed(16384)
-    """Tokens (padding included) of one forward and backward pass on one rank."""
+    """Tokens of one forward and backward pass on one rank. Padding counts only for models that need it (`raysys/models/packing.py`)."""
     chunk_tokens: PositiveInt = placed(1024)
     mini_batches: PositiveInt = 1
     """Optimiser steps per batch; 1 is the paper's setting (no old log-probs pass, clipping inert)."""

@@ -1,19 +1,25 @@
 """Causal language models that give log-probs of asked-for ids instead of logits.
 
-Legend: B rows, L padded tokens, n response tokens of all rows together, K ids asked for at each, D width, V vocabulary.
+Legend: B rows, T tokens of all rows, n response tokens of all rows, K ids asked for at each, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from raysys.errors import ConfigError
 from raysys.methods.logprobs import draw_tokens, token_logprobs
+from raysys.models import packing
+from raysys.models.microbatch import response_positions
+
+log = logging.getLogger(__name__)
 
 # Models that change logits after their head: ignoring such a key would give wrong log-probs with no error.
 _LOGIT_KEYS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
@@ -47,6 +53,9 @@ class LogProbHead(nn.Linear):
 class _ResponseForward:
     """Forward of a model that is asked for response log-probs: one call of the root module, as a wrapping engine needs it."""
 
+    packs: bool
+    """Whether its rows lie one after another; else they are padded inside the model."""
+
     def forward(self: Any, *args: Any, prompt_lengths: Tensor | None = None, **kwargs: Any) -> Any:
         if prompt_lengths is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -60,7 +69,7 @@ def load_causal(
     trainable: bool = False,
     activation_checkpointing: bool = False,
 ) -> PreTrainedModel:
-    """A transformers model whose output embedding is a `LogProbHead`.
+    """A transformers model whose output embedding is a `LogProbHead` and whose rows need no padding where it can be told of rows (`packs`).
 
     Names of parameters, tied embeddings, `save_pretrained` and the usual forward stay as they were.
 
@@ -82,6 +91,9 @@ def load_causal(
         ) from error
     _swap_classes(model, folder)
     model.requires_grad_(trainable).train(trainable)
+    model.packs = packing.teach(model)  # type: ignore[assignment]
+    if not model.packs:
+        log.warning("%s: the attention of %s cannot be told where rows begin, so its rows are padded", folder, model.config.model_type)
     if activation_checkpointing and trainable:
         # The re-entrant kind gathers ZeRO-3 parameters again by the layers' own hooks.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
@@ -113,18 +125,17 @@ def response_logprobs(
     entropy: bool = False,
     uniform: Tensor | None = None,
 ) -> Any:
-    """Log-probs in nats of response tokens, row after row.
+    """Log-probs in nats of response tokens, row after row. No row sees another.
 
-    Only hidden states that predict a response token reach the head. Rows are right padded; under causal attention
-    nothing real sees the padding, so no attention mask is needed.
+    Only hidden states that predict a response token reach the head.
 
     Args:
         model: from `load_causal`, or an engine that wraps one and hands its arguments on.
-        input_ids: [B, L]: prompt, response, padding (any valid id).
-        prompt_lengths: [B], at least 1.
+        input_ids: [T]: prompt and response of the first row, of the second, ...; no padding.
+        prompt_lengths: [B], at least 1; best on the CPU, where they are read.
         response_lengths: [B], may be 0.
         temperature: divides the logits.
-        query_ids: [n, K] (or [n]) ids to score instead of the response's own, n = response_lengths.sum().
+        query_ids: [n, K] (or [n]) ids to score instead of the responses' own, n = response_lengths.sum().
         entropy: also give [n] entropies in nats, without gradient.
         uniform: [n] float64 in [0, 1): draw one id at each position instead of scoring any.
 
@@ -157,30 +168,39 @@ def _responses(
     entropy: bool,
     uniform: Tensor | None,
 ) -> Any:
-    predicts = _predicting_positions(input_ids, prompt_lengths, response_lengths)
-    ids = input_ids[:, 1:][predicts] if query_ids is None else query_ids
-    if len(ids) != int(response_lengths.sum()):
-        raise ValueError(f"query_ids must have {int(response_lengths.sum())} rows, one a response token, got {list(ids.shape)}")
-    states = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    return model.get_output_embeddings()(states[:, :-1][predicts], ids, temperature, chunk_tokens, entropy, uniform)
+    prompts, responses = prompt_lengths.cpu().numpy(), response_lengths.cpu().numpy()
+    _check_lengths(input_ids, prompts, responses)
+    targets = torch.from_numpy(response_positions(prompts, responses)).to(input_ids.device)
+    ids = input_ids[targets] if query_ids is None else query_ids
+    if len(ids) != len(targets):
+        raise ValueError(f"query_ids must have {len(targets)} rows, one a response token, got {list(ids.shape)}")
+    states = _hidden_states(model, input_ids, prompts + responses)
+    return model.get_output_embeddings()(states.index_select(0, targets - 1), ids, temperature, chunk_tokens, entropy, uniform)
 
 
-def _predicting_positions(input_ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> Tensor:
-    """[B, L-1]: positions whose next token is a response token."""
-    if input_ids.dim() != 2 or input_ids.shape[1] < 1:
-        raise ValueError(f"input_ids must be [B, L] with L >= 1, got {list(input_ids.shape)}")
-    rows, length = input_ids.shape
-    for name, lengths in (("prompt_lengths", prompt_lengths), ("response_lengths", response_lengths)):
-        if list(lengths.shape) != [rows]:
-            raise ValueError(f"{name} must be [{rows}] to fit input_ids, got {list(lengths.shape)}")
-    ends = prompt_lengths + response_lengths
-    if bool((prompt_lengths < 1).any() | (response_lengths < 0).any() | (ends > length).any()):
+def _hidden_states(model: Any, input_ids: Tensor, lengths: np.ndarray) -> Tensor:
+    """[T, D]."""
+    if model.packs:
+        rows = packing.Packing(lengths, input_ids.device)
+        return model.base_model(input_ids=input_ids[None], **packing.arguments(rows)).last_hidden_state[0]
+    real = torch.from_numpy(np.arange(lengths.max())[None, :] < lengths[:, None]).to(input_ids.device)
+    # Right padded: under causal attention and in recurrent layers nothing real sees the padding, so no mask is needed.
+    padded = input_ids.new_zeros(real.shape).masked_scatter_(real, input_ids)
+    return model.base_model(input_ids=padded, use_cache=False).last_hidden_state[real]
+
+
+def _check_lengths(input_ids: Tensor, prompts: np.ndarray, responses: np.ndarray) -> None:
+    if input_ids.dim() != 1:
+        raise ValueError(f"input_ids must be [T], rows one after another without padding, got {list(input_ids.shape)}")
+    if prompts.ndim != 1 or prompts.shape != responses.shape or not len(prompts):
         raise ValueError(
-            f"prompt_lengths must be at least 1, response_lengths at least 0, their sum at most L={length}; "
-            f"got {prompt_lengths.tolist()} and {response_lengths.tolist()}"
+            f"prompt_lengths and response_lengths must be [B] with B >= 1, got {list(prompts.shape)} and {list(responses.shape)}"
         )
-    positions = torch.arange(length - 1, device=input_ids.device)
-    return (positions >= prompt_lengths[:, None] - 1) & (positions < ends[:, None] - 1)
+    if (prompts < 1).any() or (responses < 0).any() or prompts.sum() + responses.sum() != len(input_ids):
+        raise ValueError(
+            f"prompt_lengths must be at least 1, response_lengths at least 0, their sum T={len(input_ids)}; "
+            f"got {prompts.tolist()} and {responses.tolist()}"
+        )
 
 
 def _first_line(error: BaseException) -> str:

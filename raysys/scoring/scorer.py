@@ -131,7 +131,7 @@ class ScorerWorker:
         from raysys.models.microbatch import pack_rows
 
         lengths = np.array([len(prompts[row]) + len(responses[row]) for row in rows], dtype=np.int64)
-        for pack in pack_rows(lengths, self.spec.micro_batch_tokens):
+        for pack in pack_rows(lengths, self.spec.micro_batch_tokens, padded=not self._models[folder].packs):
             own = rows[pack]
             pieces = self._forward(
                 folder, [prompts[r] for r in own], [responses[r] for r in own], None if asked is None else [asked[r] for r in own]
@@ -145,7 +145,7 @@ class ScorerWorker:
         from raysys.models.causal import response_logprobs
 
         model = self._models[folder]
-        ids, _ = Ragged.of([np.concatenate(pair) for pair in zip(prompts, responses, strict=True)], np.int64).padded()
+        ids = np.concatenate([part for pair in zip(prompts, responses, strict=True) for part in pair])
         query = None if asked is None else np.concatenate(asked).astype(np.int64)
         self._check_ids(folder, model, prompts, ids, query)
 
@@ -153,12 +153,12 @@ class ScorerWorker:
             return torch.as_tensor(np.asarray(values, dtype=np.int64), device=model.device)
 
         counts = [len(response) for response in responses]
+        lengths = torch.tensor([len(prompt) for prompt in prompts]), torch.tensor(counts)
         with torch.inference_mode():
             flat = response_logprobs(
                 model,
                 tensor(ids),
-                tensor([len(prompt) for prompt in prompts]),
-                tensor(counts),
+                *lengths,
                 self.spec.temperature,
                 self.spec.chunk_tokens,
                 None if query is None else tensor(query),

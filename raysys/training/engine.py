@@ -56,6 +56,7 @@ class Engine:
                 f"{spec.model}: transformers holds its weights under other names and shapes than the files, which is not supported yet"
             )
         self.names = dict(self.model.named_parameters())
+        self.padded = not self.model.packs
         self.stage = effective_stage(spec.config.zero_stage, spec.dtype)
         self.parameters = sum(parameter.numel() for parameter in self.names.values())
         optimizer = torch.optim.AdamW(
@@ -103,7 +104,7 @@ class Engine:
 
     def _accumulate(self, rows: Rows, share: Share, old: dict[int, np.ndarray] | None, tally: Tally, weight: float) -> None:
         """Gradients of all micro-batches, and their metrics into `tally`."""
-        packs = rows.packs(share.rows, self.spec.config.micro_batch_tokens, share.micro_batches)
+        packs = rows.packs(share.rows, self.spec.config.micro_batch_tokens, share.micro_batches, self.padded)
         losses: list[Tensor] = []
         meter = Meter()
         for index, pack in enumerate(packs):
@@ -220,7 +221,7 @@ class Engine:
         found: dict[int, np.ndarray] = {}
         with torch.no_grad():
             for share in shares:
-                for pack in rows.packs(share.rows, self.spec.config.micro_batch_tokens, share.micro_batches):
+                for pack in rows.packs(share.rows, self.spec.config.micro_batch_tokens, share.micro_batches, self.padded):
                     flat = forward(rows.inputs(pack)).cpu().numpy()
                     if len(pack):
                         pieces = np.split(flat, np.cumsum(rows.responses[pack])[:-1])
@@ -229,8 +230,8 @@ class Engine:
 
     def probe_logprobs(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Log-probs of ids[1:] given what precedes each, float32, temperature 1."""
-        tokens = torch.as_tensor(np.asarray(ids, dtype=np.int64), device=self.device)[None]
-        lengths = torch.tensor([1], device=self.device), torch.tensor([tokens.shape[1] - 1], device=self.device)
+        tokens = torch.as_tensor(np.asarray(ids, dtype=np.int64), device=self.device)
+        lengths = torch.tensor([1]), torch.tensor([len(tokens) - 1])
         with torch.no_grad():
             return response_logprobs(self.engine, tokens, *lengths, 1.0, self.spec.config.chunk_tokens).float().cpu().numpy()
 

@@ -65,7 +65,7 @@ class TrainerGroup:
         self.config, self._deadlines, self._objective = config, deadlines, objective
         self.spec = TrainerSpec(config, model, objective, learning_rate, steps, seed, temperature, device, dtype, log_dir)
         self.workers: list[Any] = []
-        self._share, self._has_placed = share, False
+        self._share, self._has_placed, self._padded = share, False, False
         self.placement: PlacementGroup | None = None
 
     def __enter__(self) -> TrainerGroup:
@@ -99,7 +99,9 @@ class TrainerGroup:
             operation="start its process",
             knob="deadlines.start",
         )
-        return self._all("start", [(host, port)] * ranks, self._deadlines.start, "load the model", "deadlines.start")
+        held = self._all("start", [(host, port)] * ranks, self._deadlines.start, "load the model", "deadlines.start")
+        self._padded = held[0]["padded"]
+        return held
 
     # -- training
 
@@ -149,6 +151,7 @@ class TrainerGroup:
             ranks=self.config.ranks,
             mini_batches=mini_batches,
             budget=self.config.micro_batch_tokens,
+            padded=self._padded,
         )
 
     def _part(self, batch: Batch, shares: list[Share], columns: tuple[str, ...] | None = None) -> tuple[Batch, list[Share]]:

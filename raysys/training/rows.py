@@ -1,6 +1,6 @@
-"""One rank's rows as padded tensors, micro-batch by micro-batch.
+"""One rank's rows as tensors, micro-batch by micro-batch: what the model reads packed, what objectives read padded.
 
-Legend: B rows of a micro-batch, L padded tokens, R response tokens (right padded).
+Legend: B rows of a micro-batch, T tokens of all of them, R response tokens (right padded).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from raysys.batch import Batch, Ragged
 from raysys.errors import DataError
-from raysys.models.microbatch import pack_rows
+from raysys.models.microbatch import pack_rows, response_positions
 from raysys.training.objectives import Micro
 
 
@@ -24,7 +24,9 @@ class Inputs:
 
     rows: np.ndarray
     input_ids: Tensor
+    """[T]"""
     prompt_lengths: Tensor
+    """[B], on the CPU, as are the responses': the layout is worked out there."""
     response_lengths: Tensor
     mask: Tensor
     """[B, R] bool."""
@@ -32,9 +34,8 @@ class Inputs:
     @property
     def responses(self) -> Tensor:
         """Ids of the response tokens, row after row."""
-        places = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)
-        ends = self.prompt_lengths + self.response_lengths
-        return self.input_ids[(places >= self.prompt_lengths[:, None]) & (places < ends[:, None])]
+        places = response_positions(self.prompt_lengths.numpy(), self.response_lengths.numpy())
+        return self.input_ids[torch.from_numpy(places).to(self.input_ids.device)]
 
     @property
     def dummy(self) -> bool:
@@ -84,25 +85,25 @@ class Rows:
         shown = ", ".join(self._names[row] for row in rows[:most])
         return shown + (f" and {len(rows) - most} more" if len(rows) > most else "")
 
-    def packs(self, rows: np.ndarray, budget: int, count: int) -> list[np.ndarray]:
-        """Micro-batches of these rows, filled up to `count` with empty ones."""
+    def packs(self, rows: np.ndarray, budget: int, count: int, padded: bool = False) -> list[np.ndarray]:
+        """Micro-batches of these rows (`raysys.models.microbatch.pack_rows`), filled up to `count` with empty ones."""
         lengths = (self.prompts + self.responses)[rows]
-        packs = [rows[pack] for pack in pack_rows(lengths, budget)]
+        packs = [rows[pack] for pack in pack_rows(lengths, budget, padded)]
         return packs + [np.zeros(0, np.int64)] * (count - len(packs))
 
     @staticmethod
     def nothing(device: torch.device) -> Inputs:
         """A dummy."""
-        one = torch.ones(1, dtype=torch.long, device=device)
-        return Inputs(np.zeros(0, np.int64), one.new_zeros(1, 2), one, one, torch.ones(1, 1, dtype=torch.bool, device=device))
+        one = torch.ones(1, dtype=torch.long)
+        ids, mask = torch.zeros(2, dtype=torch.long, device=device), torch.ones(1, 1, dtype=torch.bool, device=device)
+        return Inputs(np.zeros(0, np.int64), ids, one, one, mask)
 
     def inputs(self, rows: np.ndarray) -> Inputs:
         if not len(rows):
             return self.nothing(self.device)
-        ids, _ = _select(self._ids, rows).padded()
-        responses = self.responses[rows]
+        ids, responses = _select(self._ids, rows).values, self.responses[rows]
         mask = np.arange(responses.max(initial=0))[None, :] < responses[:, None]
-        return Inputs(rows, self._tensor(ids), self._tensor(self.prompts[rows]), self._tensor(responses), self._tensor(mask))
+        return Inputs(rows, self._tensor(ids), torch.from_numpy(self.prompts[rows]), torch.from_numpy(responses), self._tensor(mask))
 
     def micro(self, rows: np.ndarray) -> Micro:
         columns = {name: self._tensor(_select(column, rows).padded()[0]) for name, column in self._columns.items()}

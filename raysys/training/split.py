@@ -8,7 +8,9 @@ from raysys.models.microbatch import pack_rows
 from raysys.training.spec import Share
 
 
-def split(prompts: np.ndarray, responses: np.ndarray, *, ranks: int, mini_batches: int, budget: int) -> list[list[Share]]:
+def split(
+    prompts: np.ndarray, responses: np.ndarray, *, ranks: int, mini_batches: int, budget: int, padded: bool = False
+) -> list[list[Share]]:
     """Shares of each optimiser step and rank, `[mini_batches][ranks]`; rows count in the whole batch.
 
     Mini-batch i takes every `mini_batches`-th row from row i on, so rows that the batch orders by domain stay mixed. Rows
@@ -16,7 +18,8 @@ def split(prompts: np.ndarray, responses: np.ndarray, *, ranks: int, mini_batche
 
     Args:
         prompts, responses: tokens of each row.
-        budget: padded tokens of a micro-batch.
+        budget: tokens of a micro-batch.
+        padded: whether padding counts (`raysys.models.microbatch.pack_rows`).
     """
     lengths = prompts + responses
     steps = []
@@ -24,7 +27,7 @@ def split(prompts: np.ndarray, responses: np.ndarray, *, ranks: int, mini_batche
         rows = np.arange(first, len(lengths), mini_batches)
         rows = rows[responses[rows] > 0]
         parts = [rows[part] for part in balance(lengths[rows], ranks)]
-        passes = max(len(pack_rows(lengths[part], budget)) for part in parts)
+        passes = max(len(pack_rows(lengths[part], budget, padded)) for part in parts)
         steps.append([Share(part, int(responses[rows].sum()), len(rows), passes) for part in parts])
     return steps
 

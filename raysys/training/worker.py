@@ -58,7 +58,8 @@ class TrainerWorker:
         from raysys.training.engine import Engine
 
         self._engine = Engine(self.spec)
-        return {"rank": self.rank, "parameters": self._engine.parameters, "dtype": self.spec.dtype, "pid": os.getpid()}
+        engine = self._engine
+        return {"rank": self.rank, "parameters": engine.parameters, "dtype": self.spec.dtype, "padded": engine.padded, "pid": os.getpid()}
 
     def _quieten(self) -> None:
         """DeepSpeed's log goes to a file (or nowhere), errors also to the screen."""

@@ -14,7 +14,7 @@ from raysys.models.causal import LogProbHead, load_causal, response_logprobs
 from raysys.models.scratch import new_causal
 
 PROMPTS, RESPONSES = torch.tensor([3, 1, 4, 2]), torch.tensor([5, 7, 0, 1])
-LENGTH = 9
+LENGTHS = PROMPTS + RESPONSES
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -23,18 +23,15 @@ def folder(request, tmp_path_factory):
     return new_causal(spec, tmp_path_factory.mktemp("model"), seed=0)
 
 
-def batch(fill: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, 98, (4, LENGTH), generator=generator)
-    real = torch.arange(LENGTH) < (PROMPTS + RESPONSES)[:, None]
-    return torch.where(real, ids, fill)
+def batch() -> torch.Tensor:
+    return torch.randint(3, 98, (int(LENGTHS.sum()),), generator=torch.Generator().manual_seed(3))
 
 
 def row_by_row(model, ids, temperature, query=None):
     """Each row alone, unpadded, through the model's own logits."""
     rows, entropies, at = [], [], 0
-    for row, prompt, response in zip(ids, PROMPTS.tolist(), RESPONSES.tolist(), strict=True):
-        logits = model(row[None, : prompt + response]).logits[0, prompt - 1 : prompt + response - 1]
+    for row, prompt, response in zip(ids.split(LENGTHS.tolist()), PROMPTS.tolist(), RESPONSES.tolist(), strict=True):
+        logits = model(row[None]).logits[0, prompt - 1 : prompt + response - 1]
         table = torch.log_softmax(logits / temperature, -1)
         asked = row[prompt : prompt + response, None] if query is None else query[at : at + response]
         at += response
@@ -43,16 +40,23 @@ def row_by_row(model, ids, temperature, query=None):
     return torch.cat(rows), torch.cat(entropies)
 
 
-def test_equals_each_row_alone_whatever_the_padding(folder):
+@pytest.mark.parametrize("packs", [True, False])
+def test_equals_each_row_alone(folder, packs):
     model = load_causal(folder, "float64")
+    assert model.packs
+    model.packs = packs
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     want, want_entropy = row_by_row(plain, batch(), 0.7)
-    for fill in (0, 5, 97):
-        got, entropy = response_logprobs(model, batch(fill), PROMPTS, RESPONSES, 0.7, chunk_tokens=4, entropy=True)
-        torch.testing.assert_close(got, want[:, 0], rtol=0, atol=1e-10)
-        torch.testing.assert_close(entropy, want_entropy, rtol=0, atol=1e-10)
-    wider = torch.cat([batch(), torch.full((4, 6), 9)], 1)
-    torch.testing.assert_close(response_logprobs(model, wider, PROMPTS, RESPONSES, 0.7), want[:, 0], rtol=0, atol=1e-10)
+    got, entropy = response_logprobs(model, batch(), PROMPTS, RESPONSES, 0.7, chunk_tokens=4, entropy=True)
+    torch.testing.assert_close(got, want[:, 0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(entropy, want_entropy, rtol=0, atol=1e-10)
+
+
+def test_rows_without_a_response_alone(folder):
+    model = load_causal(folder, "float32", trainable=True)
+    got = response_logprobs(model, torch.tensor([5, 6, 7]), torch.tensor([2, 1]), torch.tensor([0, 0]))
+    assert got.shape == (0,)
+    got.sum().backward()
 
 
 def test_query_ids_replace_the_response_ids_as_targets_only(folder):
@@ -87,7 +91,7 @@ def test_saved_again_it_is_the_same_folder(folder, tmp_path):
     model = load_causal(folder, "float32", trainable=True)
     assert type(model.lm_head) is LogProbHead
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
     assert (tmp_path / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
@@ -95,10 +99,12 @@ def test_lengths_that_do_not_fit(folder):
     model = load_causal(folder, "float32")
     with pytest.raises(ValueError, match="prompt_lengths must be at least 1"):
         response_logprobs(model, batch(), PROMPTS - 1, RESPONSES)
-    with pytest.raises(ValueError, match="at most L=9"):
+    with pytest.raises(ValueError, match="their sum T=23"):
         response_logprobs(model, batch(), PROMPTS, RESPONSES + 2)
-    with pytest.raises(ValueError, match=r"response_lengths must be \[4\]"):
+    with pytest.raises(ValueError, match=r"must be \[B\] with B >= 1, got \[4\] and \[2\]"):
         response_logprobs(model, batch(), PROMPTS, RESPONSES[:2])
+    with pytest.raises(ValueError, match=r"input_ids must be \[T\]"):
+        response_logprobs(model, batch()[None], PROMPTS, RESPONSES)
     with pytest.raises(ValueError, match="query_ids must have 13 rows"):
         response_logprobs(model, batch(), PROMPTS, RESPONSES, query_ids=torch.zeros(2, 1, dtype=torch.long))
 

@@ -78,11 +78,16 @@ def test_permuting_rows_permutes_the_answer(folders):
         assert_rows(permuted.ragged(name), [straight.ragged(name)[row] for row in order], atol=1e-6)
 
 
-def test_micro_batches_and_padding_do_not_matter(folders):
+@pytest.mark.parametrize("packs", [True, False])
+def test_micro_batches_packing_and_padding_do_not_matter(folders, packs):
     rows = batch()
-    whole = worker(folders, micro_batch_tokens=10_000, chunk_tokens=1024).score(rows)
-    single = worker(folders, micro_batch_tokens=1, chunk_tokens=1).score(rows)
-    assert_rows(single.ragged("teacher_logprobs"), whole.ragged("teacher_logprobs").rows(), atol=1e-6)
+    whole = worker(folders, micro_batch_tokens=10_000, chunk_tokens=1024).score(rows).ragged("teacher_logprobs").rows()
+    for tokens in (1, 13, 10_000):
+        made = worker(folders, micro_batch_tokens=tokens, chunk_tokens=1)
+        for model in made._models.values():
+            assert model.packs
+            model.packs = packs
+        assert_rows(made.score(rows).ragged("teacher_logprobs"), whole, atol=1e-6)
 
 
 def test_a_row_does_not_see_the_other_teacher(folders):

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
 from raysys.batch import Batch
 from raysys.errors import NumericsError
@@ -105,6 +105,26 @@ def test_the_micro_batch_split_changes_nothing(solo, pair, models, aggregation):
     losses, _, weights = plain_loop(models["untied"], BATCHES[:2], aggregation)
     for ranks, tokens in ((solo, 10**6), (solo, 1), (pair, 30)):
         results = ranks(train, of=spec(models["untied"], objective, zero_stage=1, micro_batch_tokens=tokens), batches=BATCHES[:2])
+        assert merged(results, 1)["loss"] == pytest.approx(losses[1], abs=1e-5)
+        assert_same_weights(results[0][1], weights)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory) -> str:
+    """A model with a convolution across tokens, which cannot be told of rows."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 98}
+    kinds = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+    config = Lfm2Config(**sizes, **kinds, bos_token_id=1, eos_token_id=2, dtype="float32")
+    folder = tmp_path_factory.mktemp("hybrid")
+    Lfm2ForCausalLM(config).float().save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_that_cannot_pack_is_padded_and_trains_all_the_same(solo, pair, hybrid):
+    losses, _, weights = plain_loop(hybrid, BATCHES[:2])
+    for ranks, tokens in ((solo, 10**6), (pair, 30)):
+        results = ranks(train, of=spec(hybrid, zero_stage=1, micro_batch_tokens=tokens), batches=BATCHES[:2])
         assert merged(results, 1)["loss"] == pytest.approx(losses[1], abs=1e-5)
         assert_same_weights(results[0][1], weights)
 

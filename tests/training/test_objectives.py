@@ -72,15 +72,15 @@ def test_sft_is_the_mean_negative_log_likelihood():
     assert torch.equal(gradient, -given.mask.float() / given.mask.sum())
 
 
-def test_rows_are_padded_as_the_batch_has_them():
+def test_the_model_reads_rows_packed_and_objectives_read_them_padded():
     batch = gopd_batch()
     rows = Rows(batch, ("teacher_logprobs",), 98, CPU)
     inputs, micro = rows.inputs(PICK), rows.micro(PICK)
     prompts, responses, teacher = (batch.ragged(name) for name in ("prompt_ids", "response_ids", "teacher_logprobs"))
+    assert inputs.input_ids.tolist() == np.concatenate([part[row] for row in PICK for part in (prompts, responses)]).tolist()
+    assert inputs.prompt_lengths.tolist() == [len(prompts[row]) for row in PICK]
+    assert inputs.response_lengths.tolist() == [len(responses[row]) for row in PICK]
     for index, row in enumerate(PICK):
-        both = np.concatenate([prompts[row], responses[row]])
-        assert inputs.input_ids[index, : len(both)].tolist() == both.tolist()
-        assert not inputs.input_ids[index, len(both) :].any()
         assert micro.columns["teacher_logprobs"][index][inputs.mask[index]].tolist() == teacher[row].tolist()
         assert not micro.columns["teacher_logprobs"][index][~inputs.mask[index]].any()
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from raysys.models.microbatch import pack_rows
 from raysys.training.schedule import learning_rate
 from raysys.training.spec import Tally
 from raysys.training.split import balance, split
@@ -26,6 +27,14 @@ def test_every_row_with_a_response_is_trained_once_and_counted(ranks, mini_batch
         assert {share.tokens for share in step} == {int(RESPONSES[rows].sum())}
         assert {share.sequences for share in step} == {len(rows)}
         assert len({share.micro_batches for share in step}) == 1
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("budget", [1, 19, 40, 1000])
+def test_no_rank_needs_more_passes_than_all_make(budget, padded):
+    for step in split(PROMPTS, RESPONSES, ranks=3, mini_batches=2, budget=budget, padded=padded):
+        needed = [len(pack_rows((PROMPTS + RESPONSES)[share.rows], budget, padded)) for share in step]
+        assert {share.micro_batches for share in step} == {max(needed)}
 
 
 def test_ranks_get_even_loads():

@@ -53,9 +53,9 @@ def worker(of: TrainerSpec, rank: int, ranks: int, port: int) -> TrainerWorker:
     return made
 
 
-def shares(of: TrainerSpec, batch: Batch, rank: int, ranks: int) -> list[Share]:
+def shares(of: TrainerSpec, batch: Batch, rank: int, ranks: int, padded: bool = False) -> list[Share]:
     lengths = batch.lengths("prompt_ids"), batch.lengths("response_ids")
-    steps = split(*lengths, ranks=ranks, mini_batches=of.config.mini_batches, budget=of.config.micro_batch_tokens)
+    steps = split(*lengths, ranks=ranks, mini_batches=of.config.mini_batches, budget=of.config.micro_batch_tokens, padded=padded)
     return [step[rank] for step in steps]
 
 
@@ -66,7 +66,7 @@ def train(
     made = worker(of, rank, ranks, port)
     if load:
         made.load(load)
-    tallies = [made.step(batch, shares(of, batch, rank, ranks)) for batch in batches]
+    tallies = [made.step(batch, shares(of, batch, rank, ranks, made.engine.padded)) for batch in batches]
     if save:
         made.save(save)
     if export:
