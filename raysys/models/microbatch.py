@@ -1,4 +1,7 @@
-"""Micro-batches by a budget of tokens."""
+"""Micro-batches by a budget of tokens, and where their response tokens are.
+
+Legend: T tokens of all rows, one row after another, n response tokens of them.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,13 @@ def pack_rows(lengths: Sequence[int] | np.ndarray, budget: int, padded: bool = F
     return [np.sort(np.asarray(pack, dtype=np.int64)) for pack in packs]
 
 
+def response_positions(prompts: np.ndarray, responses: np.ndarray) -> np.ndarray:
+    """[n]: where the response tokens are among the T, of rows with so many tokens each."""
+    starts = np.cumsum(prompts + responses) - responses
+    within = np.arange(responses.sum()) - np.repeat(np.cumsum(responses) - responses, responses)
+    return np.repeat(starts, responses) + within
+
+
 def _first_fit(order: np.ndarray, sizes: np.ndarray, budget: int) -> list[list[int]]:
     packs: list[list[int]] = []
     room = np.zeros(len(order), dtype=np.int64)  # of packs that are not begun: none
@@ -57,10 +67,3 @@ def _sorted(order: np.ndarray, sizes: np.ndarray, budget: int) -> list[np.ndarra
         packs.append(order[start:stop])
         start = stop
     return packs
-
-
-def response_positions(prompts: np.ndarray, responses: np.ndarray) -> np.ndarray:
-    """[n]: where the response tokens are among all, rows lying one after another. `prompts`, `responses`: tokens of each, [B]."""
-    starts = np.cumsum(prompts + responses) - responses
-    within = np.arange(responses.sum()) - np.repeat(np.cumsum(responses) - responses, responses)
-    return np.repeat(starts, responses) + within

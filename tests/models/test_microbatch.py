@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raysys.models.microbatch import pack_rows
+from raysys.models.microbatch import pack_rows, response_positions
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -42,3 +42,7 @@ def test_nothing_and_nonsense():
         pack_rows([1], 0)
     with pytest.raises(ValueError, match="smallest -1"):
         pack_rows([1, -1], 5)
+
+
+def test_response_positions_by_hand():
+    assert response_positions(np.array([2, 1, 1]), np.array([2, 0, 1])).tolist() == [2, 3, 6]
