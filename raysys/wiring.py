@@ -15,13 +15,14 @@ from queue import SimpleQueue
 from typing import Any
 
 from raysys.batch import Batch
-from raysys.checks import check_evaluate, check_gopd, check_sft, local_or_id
+from raysys.checks import check_evaluate, check_generate, check_gopd, check_sft, local_or_id
 from raysys.colocate import SHARE, TurningPusher, TurningTrainer, lodger
-from raysys.config.runs import EvaluateConfig, EvaluationPart, GopdConfig, Run, SftConfig
+from raysys.config.runs import EvaluateConfig, EvaluationPart, GenerateConfig, GopdConfig, Run, SftConfig
 from raysys.data.stream import PromptStream
 from raysys.data.text import Decoder
 from raysys.errors import ConfigError
 from raysys.evaluation.during import Evaluator, NoEvaluation
+from raysys.generation.run import generate
 from raysys.job import Session
 from raysys.loop import Evaluates, Parts, train
 from raysys.report.live import Live
@@ -46,7 +47,7 @@ from raysys.weights.receive import SharedMemoryReceiver
 
 log = logging.getLogger("raysys")
 
-__all__ = ["check_evaluate", "check_gopd", "check_sft", "run_evaluate", "run_gopd", "run_sft"]
+__all__ = ["check_evaluate", "check_generate", "check_gopd", "check_sft", "run_evaluate", "run_generate", "run_gopd", "run_sft"]
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,12 @@ def run_evaluate(config: EvaluateConfig, session: Session) -> None:
             evaluator = _evaluator(config, session, pool, None, model, before=None, label=label)
             evaluator.run(0)
     session.ledger.finish(0)
+
+
+def run_generate(config: GenerateConfig, session: Session) -> None:
+    """Teachers' answers as data to train on; one teacher's engines at a time."""
+    hardware = Hardware.choose(config, "auto", config.rollout.fewest * config.rollout.tensor_parallel)
+    generate(config, session, hardware.device, hardware.dtype)
 
 
 # -- the pieces they share

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from raysys.config.runs import EvaluateConfig, GopdConfig, PipelineConfig, Run, SftConfig
+from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, PipelineConfig, Run, SftConfig
 
 CONFIGS: dict[str, type[Run]] = {
     "gopd": GopdConfig,
     "sft": SftConfig,
+    "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "pipeline": PipelineConfig,
 }

@@ -24,6 +24,17 @@ PUBLIC: dict[str, dict[str, Any]] = {
     "Qwen3-4B": _QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
     "Qwen3-8B": _QWEN3
     | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": False},
+    "Qwen2.5-7B": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+    },
     "Qwen3-30B-A3B": _QWEN3
     | {
         "model_type": "qwen3_moe",
@@ -38,7 +49,7 @@ PUBLIC: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""The numbers of the `config.json` files that Qwen publishes with these models (the first generation, April 2025)."""
+"""The numbers of the `config.json` files that Qwen publishes with these models (of Qwen3 the first generation, April 2025)."""
 
 
 @dataclass(frozen=True)
