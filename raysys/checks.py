@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 
 from raysys.config.parts import Data
-from raysys.config.runs import EvaluateConfig, GopdConfig, HpdConfig, SftConfig
-from raysys.data.preflight import check_vocabularies, preflight
-from raysys.errors import ConfigError
+from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, SftConfig
+from raysys.data.preflight import check_context, check_vocabularies, preflight
+from raysys.data.text import identity, load_tokenizer
+from raysys.errors import ConfigError, DataError
 from raysys.job import RUNS_VARIABLE
+from raysys.scoring import verifiers
 
 
 def check_gopd(config: GopdConfig) -> None:
@@ -51,6 +53,30 @@ def check_evaluate(config: EvaluateConfig) -> None:
     for label, folder in models.items():
         check_vocabularies({label: folder})
     _check_data(config.evaluation.data, next(iter(models.values())), config.max_prompt_tokens, config.max_response_tokens, None)
+
+
+def check_generate(config: GenerateConfig) -> None:
+    """As `check_gopd`. Teachers need not share a tokenizer: each reads its own rows, and the data say whose token ids they hold."""
+    teachers = {f"teachers.{tag}": local_or_id(folder) for tag, folder in config.teachers.items()}
+    for label, folder in teachers.items():
+        check_vocabularies({label: folder})
+        check_context(folder, config.max_prompt_tokens, config.max_response_tokens)
+
+    def check_verifier(verifier: str) -> None:
+        verifiers.check(verifier)
+        if config.keep == "correct" and not verifier:
+            raise DataError("keep=correct, but the row has nothing to judge its answers by", "give it an `answer`, or set keep=all")
+
+    first = next(iter(teachers.values()))
+    alike = len({identity(load_tokenizer(folder)) for folder in set(teachers.values())}) == 1
+    preflight(
+        config.data,
+        first if alike else None,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_response_tokens=config.max_response_tokens,
+        domains=set(config.teachers),
+        check_verifier=check_verifier,
+    )
 
 
 def _check_data(data: Data, tokenizer: str | None, prompt: int, response: int, domains: set[str] | None, supervised: bool = False) -> None:

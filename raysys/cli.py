@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="raysys")
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="parameters, memory by part, placement, and what does not fit; starts nothing")
-    plan.add_argument("config", help="YAML of a gopd, hpd, sft or evaluate job, or of a pipeline of these")
+    plan.add_argument("config", help="YAML of a gopd, hpd, sft, generate or evaluate job, or of a pipeline of these")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.add_argument(
         "--device", choices=("gpu", "cpu"), help="plan for it (default: the config's; auto: gpu, but cpu for models below 100 M)"
@@ -74,9 +75,10 @@ def job_of(values: dict[str, object], path: Path = Path()) -> str:
         return "hpd"
     for job, key in (("pipeline", "stages"), ("gopd", "teachers"), ("evaluate", "models"), ("sft", "data")):
         if key in values:
-            return job
+            # Who has teachers and nobody to teach wants their answers; a misspelt student is not nobody.
+            return "generate" if key == "teachers" and not difflib.get_close_matches("student", list(values)) else job
     raise ConfigError(
-        "this file is no config of gopd, hpd, sft, evaluate or pipeline", "it has none of the keys stages, teachers, models, data"
+        "this file is no config of gopd, hpd, sft, generate, evaluate or pipeline", "it has none of the keys stages, teachers, models, data"
     )
 
 

@@ -135,8 +135,9 @@ def submission_id() -> str:
 
 
 def resume_points(job: str, config: Run) -> list[str]:
-    """Names of those that the run's folder holds: what tells a supervisor that an attempt got somewhere."""
-    return sorted(path.name for path in (run_folder(job, config) / "checkpoints").glob("step_*"))
+    """Names of those that the run's folder holds: what tells a supervisor that an attempt got somewhere. Finished shards count, too."""
+    folder = run_folder(job, config)
+    return sorted(path.name for path in [*(folder / "checkpoints").glob("step_*"), *(folder / "ledger" / "shards").glob("*.json")])
 
 
 def report(folder: Path) -> None:
@@ -261,6 +262,7 @@ def _stamp(seconds: float) -> str:
 def find_ray() -> None:
     """Says by environment which Ray to join: the one RAY_ADDRESS names, else this checkout's head if it runs, else none; with a token."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread of Ray Data that outlives the connection would start another Ray
     if os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         return

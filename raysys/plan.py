@@ -18,7 +18,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Literal
 
 from raysys.config.parts import Rollout, Scoring, Trainer
-from raysys.config.runs import EvaluateConfig, GopdConfig, HpdConfig, OnData, Run, SftConfig
+from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, OnData, Run, SftConfig
 from raysys.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -117,13 +117,14 @@ def choose(config: Run, asked: Literal["gpu", "cpu"] | None, gpu_gib: float, gpu
 
 
 def estimate(config: Run, device: Device) -> Estimate:
-    """The estimate for a gopd, hpd, sft or evaluate config. Raises ConfigError: the job has no plan, or a model's shape cannot be found."""
+    """The estimate for all but pipelines. Raises ConfigError: a job without a plan, a model without a shape."""
     from raysys.models.shape import new_shape, shape_of
 
     scratch = SftConfig.model_fields["new_model"].default
     models: dict[str, Shape]
-    if isinstance(config, EvaluateConfig):
-        models = {label: shape_of(name, scratch) for label, name in config.models.items()}
+    if isinstance(config, (EvaluateConfig, GenerateConfig)):
+        named = config.models if isinstance(config, EvaluateConfig) else {f"teacher {tag}": name for tag, name in config.teachers.items()}
+        models = {label: shape_of(name, scratch) for label, name in named.items()}
         largest = max(models.values(), key=lambda shape: shape.parameters)
         return Estimate(models, [rollout_place(config.rollout, largest, _length(config), device)], device, {})
     if isinstance(config, SftConfig | HpdConfig):
@@ -145,7 +146,7 @@ def estimate(config: Run, device: Device) -> Estimate:
             models, places, device, tokens if config.evaluation else {name: tokens[name] for name in tokens if name == "training"}
         )
     if not isinstance(config, GopdConfig):
-        raise ConfigError(f"no plan for {type(config).__name__}", "plan takes configs of gopd, hpd, sft and evaluate")
+        raise ConfigError(f"no plan for {type(config).__name__}", "plan takes configs of gopd, hpd, sft, generate and evaluate")
     names = {"student": config.student} | {f"teacher {tag}": name for tag, name in config.teachers.items()}
     if config.reward_scale != 1 and config.reference is not None:
         names["reference"] = config.reference
@@ -160,7 +161,7 @@ def estimate(config: Run, device: Device) -> Estimate:
     return Estimate(models, places, device, bounds(student, config.rollout, config.trainer, _length(config), device))
 
 
-def _length(config: GopdConfig | OnData | EvaluateConfig) -> int:
+def _length(config: GopdConfig | OnData | EvaluateConfig | GenerateConfig) -> int:
     return config.max_prompt_tokens + config.max_response_tokens
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,16 @@ def get(refs: Any, *, timeout: float, actor: str, operation: str, knob: str) -> 
         raise first_cause(error, actor, operation) from error
     except ray.exceptions.RayError as error:  # the actor, its node, or what it gave is gone; also by Ray's own memory monitor
         raise InfrastructureError(f"{actor} died during '{operation}': {_first_line(error)}") from error
+
+
+def ray_data() -> Any:
+    """The module `ray.data`. What it tells of its executions stays in its own log file: an error that ends one is raised as well."""
+    import ray.data
+
+    for handler in logging.getLogger("ray.data").handlers:
+        if handler.get_name() == "console":
+            handler.setLevel(logging.CRITICAL)
+    return ray.data
 
 
 _waits: dict[int, dict[str, Any]] = {}

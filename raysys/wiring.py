@@ -25,11 +25,12 @@ from raysys.assembly import (
     start_all,
     tell_bad_rows,
 )
-from raysys.checks import check_evaluate, check_gopd, check_hpd, check_sft, local_or_id
+from raysys.checks import check_evaluate, check_generate, check_gopd, check_hpd, check_sft, local_or_id
 from raysys.colocate import TurningPusher, TurningTrainer, lodger
-from raysys.config.runs import EvaluateConfig, GopdConfig, HpdConfig, SftConfig
+from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, SftConfig
 from raysys.data.stream import PromptStream
 from raysys.evaluation.during import NoEvaluation
+from raysys.generation.run import generate
 from raysys.job import Session
 from raysys.loop import Evaluates, Parts
 from raysys.report.live import Live
@@ -45,7 +46,18 @@ from raysys.watching import Usage, status
 
 log = logging.getLogger("raysys")
 
-__all__ = ["check_evaluate", "check_gopd", "check_hpd", "check_sft", "run_evaluate", "run_gopd", "run_hpd", "run_sft"]
+__all__ = [
+    "check_evaluate",
+    "check_generate",
+    "check_gopd",
+    "check_hpd",
+    "check_sft",
+    "run_evaluate",
+    "run_generate",
+    "run_gopd",
+    "run_hpd",
+    "run_sft",
+]
 
 
 def run_gopd(config: GopdConfig, session: Session) -> None:
@@ -170,3 +182,9 @@ def run_evaluate(config: EvaluateConfig, session: Session) -> None:
             evaluator = open_evaluator(config, session, pool, None, model, before=None, label=label)
             evaluator.run(0)
     session.ledger.finish(0)
+
+
+def run_generate(config: GenerateConfig, session: Session) -> None:
+    """Teachers' answers as data to train on; one teacher's engines at a time."""
+    hardware = Hardware.choose(config, "auto", config.rollout.fewest * config.rollout.tensor_parallel)
+    generate(config, session, hardware.device, hardware.dtype)

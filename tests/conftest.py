@@ -25,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ |= {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_AUTO_CONNECT": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(heads.token_file(folder)),
         "RAYSYS_HOME": str(folder),

@@ -56,6 +56,7 @@ def test_parameters_equal_those_of_the_real_model(tmp_path: Path, tied: bool) ->
         ("Qwen/Qwen3-4B", 4_022_468_096),
         ("Qwen/Qwen3-8B", 8_190_735_360),
         ("Qwen/Qwen3-30B-A3B-Instruct-2507", 30_532_122_624),
+        ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
     ],
 )
 def test_published_models_have_their_published_size(model: str, parameters: int) -> None:
@@ -151,6 +152,14 @@ def test_the_local_config_is_planned_for_the_cpu(capsys: pytest.CaptureFixture[s
     assert "memory of one process" in text and "1 x trainer" in text
     assert cli.main(["plan", str(CONFIGS / "gopd" / "quickstart.yaml")]) == 0
     assert "== exopd (gopd)" in capsys.readouterr().out
+
+
+def test_a_generation_is_planned_for_its_largest_teacher(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(CONFIGS / "generate" / "paper.yaml"), "--gpus", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "7.62 B parameters" in text and "everything fits" in text and "8 GPUs in all" in text
+    assert cli.main(["plan", str(CONFIGS / "generate" / "local.yaml")]) == 0
+    assert "1 x rollout" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,25 @@ def test_references_become_folders_of_earlier_stages(place: Path) -> None:
     assert teacher.config.model_dump()["trainer"]["clip"] == 1.0 and base.config.model_dump()["trainer"]["clip"] == 2.0
 
 
+def test_a_stage_reads_the_data_that_another_wrote(place: Path) -> None:
+    stages = {
+        "base": {"job": "sft", "config": "sft.yaml"},
+        "answers": {"job": "generate", "set": {"teachers": {"rev": "${base}"}, "data": SOURCE, "rows": 8}},
+        "taught": {"job": "sft", "set": {"data.path": "${answers:run}/data", "student": "${base}"}},
+    }
+    path = place / "configs" / "answers.yaml"
+
+    def plan() -> pipeline.Plan:
+        path.write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+        return pipeline.plan(path, (), place / "runs")
+
+    before = plan()
+    assert before.stages[2].config.model_dump()["data"]["path"] == str(before.stages[1].run_dir / "data")
+    stages["answers"]["set"] |= {"samples": 2}
+    after = digests(plan())
+    assert [name for name, digest in digests(before).items() if after[name] != digest] == ["answers", "taught"]
+
+
 def test_a_change_moves_the_stage_and_what_follows_it_only(place: Path) -> None:
     before = digests(planned(place))
     path = place / "configs" / "story.yaml"

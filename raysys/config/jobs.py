@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from raysys.config.runs import EvaluateConfig, GopdConfig, HpdConfig, PipelineConfig, Run, SftConfig
+from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, PipelineConfig, Run, SftConfig
 
 CONFIGS: dict[str, type[Run]] = {
     "gopd": GopdConfig,
     "hpd": HpdConfig,
     "sft": SftConfig,
+    "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "pipeline": PipelineConfig,
 }

@@ -42,7 +42,8 @@ class Data(Config):
     path: str | None = None
     """JSONL or Parquet: a file, a folder or a glob; local, s3://, gs:// or hf://.
 
-    Columns: `prompt` (text or chat messages), optional `id`, `domain`, `answer`, `verifier`, `metadata`."""
+    Columns: `prompt` (text or chat messages), optional `id`, `domain`, `answer`, `verifier`, `metadata`; what `jobs/generate.py` writes
+    has `gold`, `response_ids` and `tokenizer` besides (see `raysys.data.rows.parse`)."""
     source: Procedural | None = None
     shuffle: bool = True
     max_bad_share: float = Field(default=0.01, ge=0, le=1)

@@ -218,6 +218,38 @@ class EvaluateConfig(Run):
     """Responses a model shown in the report."""
 
 
+class GenerateConfig(Run):
+    """`jobs/generate.py`: teachers' answers to prompts, written as data that `data.path` of the other jobs reads."""
+
+    teachers: dict[str, str]
+    """Domain tag to folder or id; `default` serves rows without a tag."""
+    data: Data
+    """Prompts are taken in the order of the data, whatever `shuffle` says."""
+    rows: PositiveInt | None = None
+    """Prompts: of each procedural domain, times its weight; of files the first so many rows. Null: all that there are."""
+    samples: PositiveInt = 1
+    """Answers a prompt; their ids are `<id of the prompt>/<sample>`."""
+    max_prompt_tokens: PositiveInt = 2048
+    max_response_tokens: PositiveInt = 16384
+    """Answers that have no end by then are left out and counted."""
+    rollout: Rollout = Rollout()
+    """Engines of the teacher whose turn it is. Of `retries` and `restarts`: answers drawn again, actors started again."""
+    keep: Literal["all", "correct"] = "all"
+    """correct: only answers that the row's verifier gives a 1."""
+    shard_rows: PositiveInt = 256
+    """Prompts of a file, which is what a kill can cost. Identity: training shuffles files, so their cut is part of the data."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.teachers:
+            raise ValueError("teachers is empty; map each domain tag, or 'default', to a folder")
+        if self.rollout.record or self.rollout.replay:
+            raise ValueError("rollout.record, replay and generate_only are of on-policy runs; this job writes its answers to data/")
+        if self.data.source is not None and self.data.source.size is None and self.rows is None:
+            raise ValueError("data.source has no end: set rows, or data.source.size")
+        return self
+
+
 class Stage(Config):
     """One stage of a pipeline: a job with its config."""
 
@@ -225,7 +257,7 @@ class Stage(Config):
     config: str | None = None
     """YAML file, relative to the pipeline's own."""
     set: dict[str, Any] = {}
-    """Keys on top of the file. A value `${stage}` becomes that stage's export folder, `${stage:run}` its run folder."""
+    """Keys on top of the file. `${stage}` becomes that stage's export folder, `${stage:run}` its run folder (`${stage:run}/data`)."""
     main: bool = False
     """Overrides given on the command line go to the stages marked main."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,9 +61,11 @@ class Files:
     system: filesystems.FileSystem
     units: tuple[Unit, ...]
 
-    def read(self, unit: Unit) -> Iterator[Raw]:
-        """The unit's rows. Raises DataError: a file changed or is damaged."""
-        return self._parquet(unit) if unit.stop < 0 else self._lines(unit)
+    def read(self, unit: Unit, skip: int = 0, count: int | None = None) -> Iterator[Raw]:
+        """The unit's rows: all, or `count` of them behind the first `skip`. Raises DataError: a file changed or is damaged."""
+        if unit.stop < 0:
+            return self._parquet(unit, skip, count)
+        return itertools.islice(self._lines(unit), skip, None if count is None else skip + count)
 
     def _lines(self, unit: Unit) -> Iterator[Raw]:
         with self.system.open_input_file(unit.path) as file:
@@ -74,7 +77,7 @@ class Files:
         for number, line in enumerate(lines, unit.first):
             yield _parsed(number, line)
 
-    def _parquet(self, unit: Unit) -> Iterator[Raw]:
+    def _parquet(self, unit: Unit, skip: int, count: int | None) -> Iterator[Raw]:
         try:
             with self.system.open_input_file(unit.path) as file:
                 table = parquet.ParquetFile(file).read_row_group(unit.start)
@@ -82,7 +85,7 @@ class Files:
             raise DataError(
                 f"{unit.name}: row group {unit.start} cannot be read: {_first_line(error)}", "the file is damaged; write it again"
             ) from None
-        for number, record in enumerate(table.to_pylist(), unit.first):
+        for number, record in enumerate(table.slice(skip, count).to_pylist(), unit.first + skip):
             yield Raw(number, record)
 
 

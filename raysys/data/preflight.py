@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from raysys.data.sources import UnitReader
 from raysys.data.stream import encoder_for
 from raysys.data.text import Encoder, context_length, load_tokenizer
 from raysys.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 SCANNED = 100_000
 """Rows of a file that are looked at; the ones behind are judged as they come."""
@@ -55,16 +58,18 @@ def preflight(
             before, or with an unknown verifier. Each names the row.
     """
     if tokenizer is not None:
-        _check_context(tokenizer, max_prompt_tokens, max_response_tokens)
+        check_context(tokenizer, max_prompt_tokens, max_response_tokens)
     encoder = None if tokenizer is None else encoder_for(data, tokenizer, max_prompt_tokens, max_response_tokens, supervised)
     report = BadRows(data.max_bad_share)
     seen: dict[str, str] = {}
+    foreign = 0
     verifiers: set[str] = set()
     for where, row in _encoded(_procedural(data, domains) if data.source is not None else _of_files(data), encoder):
         if isinstance(row, BadRow):
             report.add(where, str(row))
             continue
         report.good()
+        foreign += supervised and encoder is not None and row.response_ids is not None and not encoder.takes(row)
         _check_tag(row, domains)
         if (first := seen.setdefault(row.id, row.where)) != row.where:
             raise DataError(
@@ -74,6 +79,8 @@ def preflight(
             _check_verifier(row, check_verifier)
             verifiers.add(row.verifier)
     report.check(complete=True)
+    if foreign:
+        log.warning("%d of %d rows have response_ids of another tokenizer than the run's: their text is encoded", foreign, report.seen)
     if report.seen == report.bad:
         named = "; ".join(report.examples[:5])
         raise ConfigError(f"data.path={data.path} has no usable row" + (f": {named}" if named else ", only blank lines"), "check data.path")
@@ -129,7 +136,8 @@ def _check_verifier(row: Row, check_verifier: Callable[[str], None]) -> None:
         raise DataError(f"{row.where}: {error.message}", error.remedy) from None
 
 
-def _check_context(folder: str, prompt: int, response: int) -> None:
+def check_context(folder: str, prompt: int, response: int) -> None:
+    """Raises ConfigError: prompt and response do not fit the model's window together."""
     limit = context_length(folder)
     if limit is not None and prompt + response > limit:
         raise ConfigError(

@@ -34,6 +34,10 @@ class Row:
     metadata: str = ""
     context: str | None = None
     """What the teacher reads in addition (context distillation)."""
+    response_ids: list[int] | None = None
+    """The target as the token ids that a model sampled, its end token included."""
+    tokenizer: str = ""
+    """Whose ids these are, as `raysys.data.text.identity` says it."""
 
 
 class BadRow(Exception):
@@ -89,7 +93,9 @@ def parse(record: Any, *, where: str, row_id: str, default_verifier: str, contex
     """A record of a file as a row.
 
     Args:
-        record: what the file holds: `prompt`, and optionally `id`, `domain`, `answer`, `verifier`, `metadata`.
+        record: what the file holds: `prompt`, and optionally `id`, `domain`, `answer`, `verifier`, `metadata`. Where a model wrote
+            the answers, as `jobs/generate.py` has it: `answer` is its text, `response_ids` and `tokenizer` the tokens of that, and
+            `gold`, even if empty, what verifiers compare with.
         row_id: used when the record has no id.
         context_field: the column that the teacher reads in addition; a record without it is bad.
 
@@ -98,7 +104,8 @@ def parse(record: Any, *, where: str, row_id: str, default_verifier: str, contex
     """
     if not isinstance(record, Mapping):
         raise BadRow(f"not an object: found {_kind(record)}")
-    answer = _text(record, "answer", scalars=True)
+    target = _text(record, "answer", scalars=True)
+    answer = target if record.get("gold") is None else _text(record, "gold", scalars=True)
     own = _text(record, "id", scalars=True)
     context = None if context_field is None else _text(record, context_field)
     if context_field is not None and not context:
@@ -109,10 +116,12 @@ def parse(record: Any, *, where: str, row_id: str, default_verifier: str, contex
         prompt=_prompt(record.get("prompt")),
         domain=_text(record, "domain"),
         answer=answer,
-        target=answer,
+        target=target,
         verifier=_text(record, "verifier") or (default_verifier if answer else ""),
         metadata=_metadata(record.get("metadata")),
         context=context,
+        response_ids=_ids(record.get("response_ids")),
+        tokenizer=_text(record, "tokenizer"),
     )
 
 
@@ -141,6 +150,14 @@ def _text(record: Mapping[str, Any], key: str, scalars: bool = False) -> str:
     if scalars and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     raise BadRow(f"`{key}` has the wrong type: {_kind(value)}, expected text")
+
+
+def _ids(value: Any) -> list[int] | None:
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or not all(type(one) is int and one >= 0 for one in value):
+        raise BadRow(f"`response_ids` has the wrong type: {_kind(value)}, expected a list of token ids")
+    return value
 
 
 def _metadata(value: Any) -> str:

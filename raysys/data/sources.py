@@ -25,7 +25,7 @@ from raysys.data.files import Files, Raw, Unit, open_files
 from raysys.data.rows import BadRow, BadRows, Row, parse
 from raysys.data.text import Encoded, Encoder
 from raysys.errors import CheckpointError, DataError, DeadlineError, InfrastructureError, RaysysError
-from raysys.runtime import first_cause
+from raysys.runtime import first_cause, ray_data
 
 WINDOW = 16_384
 """Rows that are held to be shuffled."""
@@ -54,9 +54,9 @@ class UnitReader:
     encoder: Encoder | None
     data: Data
 
-    def parsed(self, unit: Unit) -> Iterator[tuple[str, Row | BadRow | None]]:
-        """`file:number` and the row, why there is none, or None for a blank line."""
-        for raw in self.files.read(unit):
+    def parsed(self, unit: Unit, skip: int = 0, count: int | None = None) -> Iterator[tuple[str, Row | BadRow | None]]:
+        """`file:number` and the row, why there is none, or None for a blank line. All of the unit, or `count` rows behind `skip`."""
+        for raw in self.files.read(unit, skip, count):
             where = f"{unit.name}:{raw.number}"
             yield where, self._row(raw, where)
 
@@ -282,11 +282,9 @@ class _Ahead:
 
     def _blocks(self) -> Generator[pa.Table, None, None]:
         """Encoded units one by one, in order."""
-        import ray.data
-
         order = [number for window in self._windows for number in window]
         rows = sum(self._reader.files.units[number].rows for number in order)
-        places = ray.data.range(len(order), override_num_blocks=min(len(order), _TASKS, -(-rows // _TASK_ROWS)))
+        places = ray_data().range(len(order), override_num_blocks=min(len(order), _TASKS, -(-rows // _TASK_ROWS)))
         read: Any = partial(_tables, reader=self._reader, order=order)
         encoded = places.map_batches(read, batch_size=None, num_cpus=_CPUS)
         encoded.context.execution_options.preserve_order = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import logging
 import re
@@ -37,7 +39,8 @@ class Encoder:
     Args:
         folder: Hugging Face folder or id of the tokenizer.
         max_prompt_tokens, max_response_tokens: longer rows are bad rows.
-        supervised: also encode the target, with the end token behind it.
+        supervised: also encode the target, with the end token behind it. A target that has token ids of this very tokenizer is
+            taken as these ids: text does not always encode to what was sampled.
         enable_thinking: handed to the chat template.
         context_template: text with `{prompt}` and `{context}` that the teacher reads instead; None: no teacher prompt.
 
@@ -69,13 +72,14 @@ class Encoder:
     def encode(self, rows: Sequence[Row]) -> list[Encoded | BadRow]:
         """Each row's ids, or why it has none, in order."""
         texts: list[str] = []
-        places: list[tuple[int, int | None, int | None] | BadRow] = []
+        places: list[tuple[int, int | None, int | list[int] | None] | BadRow] = []
         for row in rows:
             try:
+                given = self._given(row)
                 own = [self._render(row.prompt)]
                 if self._template is not None:
                     own.append(self._render(fill(self._template, row.prompt, row.context or "")))
-                if self.supervised:
+                if self.supervised and given is None:
                     own.append(self._target(row.target))
                 for text in own:
                     self._check_characters(text)
@@ -84,13 +88,31 @@ class Encoder:
                 continue
             first = len(texts)
             teacher = first + 1 if self._template is not None else None
-            places.append((first, teacher, first + len(own) - 1 if self.supervised else None))
+            places.append((first, teacher, given or (first + len(own) - 1 if self.supervised else None)))
             texts += own
         ids = [encoding.ids for encoding in self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         return [place if isinstance(place, BadRow) else self._fitted(ids, *place) for place in places]
 
-    def _fitted(self, ids: list[list[int]], prompt: int, teacher: int | None, response: int | None) -> Encoded | BadRow:
-        answer = None if response is None or self._end is None else [*ids[response], self._end]
+    def takes(self, row: Row) -> bool:
+        """Whether the row has token ids that mean here what they meant where they were sampled."""
+        return row.response_ids is not None and row.tokenizer == self.identity
+
+    def _given(self, row: Row) -> list[int] | None:
+        if not self.supervised or row.response_ids is None or not self.takes(row):
+            return None
+        if (largest := max(row.response_ids)) >= len(self._tokenizer):  # models have more ids than tokenizers, to fill up a matrix
+            raise BadRow(f"`response_ids` holds {largest}, the tokenizer has {len(self._tokenizer)} tokens")
+        return row.response_ids
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """See `identity`."""
+        return identity(self._tokenizer)
+
+    def _fitted(self, ids: list[list[int]], prompt: int, teacher: int | None, response: int | list[int] | None) -> Encoded | BadRow:
+        answer = response if isinstance(response, list) else None
+        if isinstance(response, int) and self._end is not None:
+            answer = [*ids[response], self._end]
         if not ids[prompt]:
             return BadRow("`prompt` has no tokens")
         if len(ids[prompt]) > self._max_prompt:
@@ -132,6 +154,11 @@ class Decoder:
     def __init__(self, folder: str):
         self._tokenizer = load_tokenizer(folder)
 
+    @functools.cached_property
+    def identity(self) -> str:
+        """See `identity`."""
+        return identity(self._tokenizer)
+
     def texts(self, rows: Sequence[Any]) -> list[str]:
         """The text of each row of ids."""
         plain = [row.tolist() if isinstance(row, np.ndarray) else list(row) for row in rows]
@@ -154,6 +181,15 @@ def fill(template: str, prompt: Prompt, context: str) -> Prompt:
 
 def _filled(template: str, prompt: str, context: str) -> str:
     return re.sub(r"\{(prompt|context)\}", lambda match: prompt if match[1] == "prompt" else context, template)
+
+
+def identity(tokenizer: Any) -> str:
+    """Equal for two tokenizers whose ids mean the same: a hash of all tokens with their ids, and of the end token.
+
+    Merges and templates are no part of it. They decide which ids a text becomes, not which text ids are.
+    """
+    facts = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id]
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 
 def load_tokenizer(folder: str) -> Any:

@@ -61,7 +61,7 @@ PUBLIC: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-"""The numbers of the `config.json` files that Qwen publishes with these models (Qwen3: the first generation, April 2025)."""
+"""The numbers of the `config.json` files that Qwen publishes with these models (of Qwen3 the first generation, April 2025)."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ _TITLES = {
     "grad_norm": "Gradient norm",
     "learning_rate": "Learning rate",
     "truncated": "Share of responses cut at the limit",
+    "correct": "Share of right answers",
+    "tokens_per_second": "Response tokens a second",
     "importance_mean": "Mean importance weight",
 }
 CURVES = tuple(_TITLES)

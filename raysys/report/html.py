@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def _run(folder: Path) -> dict[str, Any]:
     records, evaluations = _lines(folder / "metrics.jsonl"), _lines(folder / "evaluation.jsonl")
     ends = _ends(evaluations)
     return {
-        "summary": _summary(records, ends),
+        "summary": _generated(records) or _summary(records, ends),
         "facts": _facts(records),
         "domains": sorted({name for one in ends for name in one["domains"]}),
         "table": [{"label": one["label"], "domains": one["domains"]} for one in ends],
@@ -62,6 +63,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "curves": [(title, Markup(html)) for title, html in charts.curves(records)],
         "seconds": Markup(charts.seconds(records)),
         "samples": _paired_samples(_lines(folder / "samples.jsonl")),
+        "counts": _counts(records),
         "stages": [],
     }
 
@@ -88,6 +90,7 @@ def _pipeline(folder: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, An
         "curves": [(title, Markup(html)) for title, html in charts.overlay(runs)] if runs else [],
         "seconds": Markup(charts.seconds(list(runs.values())[-1])) if runs else "",
         "samples": samples,
+        "counts": {},
         "stages": shown,
     }
 
@@ -110,6 +113,23 @@ def _summary(records: Sequence[Mapping[str, Any]], ends: Sequence[Mapping[str, A
     elif records and isinstance(records[0].get("nll"), float):
         parts.append(f"NLL {records[0]['nll']:.2f} to {records[-1]['nll']:.2f} nats a token")
     return ", ".join(parts) + f", in {len(records)} steps." if parts else f"{len(records)} steps."
+
+
+def _counts(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Of runs that write data: what became of the answers, by domain."""
+    totals: dict[str, Counter[str]] = {}
+    for record in records:
+        for domain, counts in (record.get("counts") or {}).items():
+            totals.setdefault(domain or "no tag", Counter()).update(counts)
+    return {domain: dict(totals[domain]) for domain in sorted(totals)}
+
+
+def _generated(records: Sequence[Mapping[str, Any]]) -> str:
+    counts = _counts(records).values()
+    if not counts:
+        return ""
+    kept, samples = (sum(count.get(name, 0) for count in counts) for name in ("kept", "samples"))
+    return f"{kept:,} of {samples:,} answers kept, in {len(records)} shards."
 
 
 def _comparison_summary(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:

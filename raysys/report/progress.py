@@ -7,7 +7,10 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-_SHOWN = (("reward", "reward", ".3f"), ("reverse_kl", "kl", ".3f"), ("nll", "nll", ".3f"), ("response_tokens", "len", ".1f"))
+_SHOWN = (
+    *(("reward", "reward", ".3f"), ("reverse_kl", "kl", ".3f"), ("nll", "nll", ".3f"), ("response_tokens", "len", ".1f")),
+    *(("kept", "kept", "d"), ("correct", "correct", ".3f"), ("tokens_per_second", "tokens/s", ",.0f")),
+)
 _PHASES = (("generate", "gen"), ("score", "score"), ("train", "train"), ("push", "push"))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from raysys.config.runs import GopdConfig, SftConfig
+from raysys.config.runs import GenerateConfig, GopdConfig, SftConfig
 from raysys.errors import ConfigError
 
 MINIMAL = ["student=s", "teachers.default=t", "data.path=p.jsonl"]
@@ -93,6 +93,30 @@ def test_placement_that_cannot_be_is_refused(override: str, told: str | None) ->
     else:
         with pytest.raises(ConfigError, match=told):
             GopdConfig.load(None, keys)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("teachers={}", "teachers is empty"),
+        ("rollout.replay=folder", "this job writes its answers to data/"),
+        ("data={source: {domains: {a: {task: t}}}}", "has no end: set rows"),
+        ("keep=good", "keep: .*'all' or 'correct'"),
+        ("student=s", "unknown key 'student'"),
+    ],
+)
+def test_generations_that_cannot_be_are_refused(override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as error:
+        GenerateConfig.load(None, ["teachers.default=t", "data.path=p", override])
+    assert "\n" not in str(error.value)
+
+
+def test_how_data_are_cut_is_part_of_them_and_who_answers_is_not() -> None:
+    def identity(*overrides: str) -> dict:
+        return GenerateConfig.load(None, ["teachers.default=t", "data.path=p", *overrides]).identity()
+
+    assert identity("rollout.workers=4", "rollout.max_sequences=7", "deadlines.generate=5") == identity()
+    assert all(identity(change) != identity() for change in ("shard_rows=9", "samples=2", "rows=7", "rollout.temperature=0.7"))
 
 
 def test_a_range_of_workers_has_two_ends() -> None:

@@ -80,6 +80,19 @@ def test_secrets_are_masked_and_limits_are_not(tmp_path: Path) -> None:
     assert "hf_abcdef" not in page and "user:pass" not in page and "max_prompt_tokens: 16" in page
 
 
+def test_a_run_that_writes_data_shows_what_became_of_the_answers(tmp_path: Path) -> None:
+    counts = {"prompts": 1000, "samples": 1500, "kept": 1200, "cut_off": 300, "judged": 1500, "correct": 750, "tokens": 15000}
+    lines = [{"step": step, "kept": 1200, "counts": {"add": counts, "": {"samples": 3, "kept": 1}}} for step in range(2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sample = {"step": 0, "label": "teacher", "domain": "add", "prompt": "1+1=", "response": EVIL, "answer": "", "score": None}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    page = render_report(tmp_path).read_text()
+    assert "2,402 of 3,006 answers kept, in 2 shards." in page and EVIL not in page
+    table = page.partition("<h2>Answers</h2>")[2].partition("</section>")[0]
+    for text in ("add", "no tag", "2,000", "3,000", "2,400", "600", "50.0&thinsp;%", "10.0"):
+        assert f">{text}<" in table, text
+
+
 def test_a_run_that_died_at_once_still_has_a_page(tmp_path: Path) -> None:
     assert "0 steps." in render_report(tmp_path).read_text()
 
