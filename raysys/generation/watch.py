@@ -74,7 +74,7 @@ class Watch:
                 )
         if now - self._told > _QUIET_SECONDS:
             self._told = now
-            log.info("%d engines: %s", len(engines), "; ".join(_doing(facts) for facts in engines.values()))
+            log.info("engines: %s", "; ".join(_doing(facts) for facts in engines.values()) or "none has come yet")
 
     def _count(self, name: str, pid: int) -> None:
         """Ray Data starts an actor again as often as it dies; someone has to tell when it is enough."""
