@@ -35,10 +35,7 @@ def check_sft(config: SftConfig) -> None:
 def check_hpd(config: HpdConfig) -> None:
     """As `check_gopd`."""
     student = local_or_id(config.student)
-    check_vocabularies(
-        {"student": student} | {f"teachers.{tag}": local_or_id(folder) for tag, folder in config.teachers.items()},
-        shared_prefix=config.vocabulary == "shared_prefix",
-    )
+    check_vocabularies({"student": student} | {f"teachers.{tag}": local_or_id(folder) for tag, folder in config.teachers.items()})
     domains = set(config.teachers) if config.loss != "sft" else None
     _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, domains, supervised=True)
     if config.evaluation is not None:

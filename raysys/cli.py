@@ -71,7 +71,7 @@ def job_of(values: dict[str, object], path: Path = Path()) -> str:
     """Which job a config is for: by the keys that only this job has, or the folder of examples that it lies in. Raises ConfigError."""
     if path.parent.name in CONFIGS and "stages" not in values:
         return path.parent.name
-    if "teachers" in values and {"loss", "vocabulary", "use_student_sample", "use_reinforce"} & values.keys():
+    if "teachers" in values and {"loss", "use_student_sample", "use_reinforce"} & values.keys():
         return "hpd"
     for job, key in (("pipeline", "stages"), ("gopd", "teachers"), ("evaluate", "models"), ("sft", "data")):
         if key in values:

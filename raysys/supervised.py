@@ -40,7 +40,7 @@ class NoScorers:
         return batch
 
 
-DOUBTFUL = 1e-3
+DOUBTFUL = 1e-2
 """Share of data tokens that a teacher may all but rule out before that is told."""
 
 

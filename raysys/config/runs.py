@@ -183,8 +183,6 @@ class HpdConfig(OnData):
     """Count the teacher's probability twice where the draw should be suppressed; of loss=hpd."""
     temperature: PositiveFloat = 1.0
     """Divides the logits of student and teacher."""
-    vocabulary: Literal["same", "shared_prefix"] = "same"
-    """shared_prefix: models whose first ids mean the same and that have more of them than the others; what lies beyond is left out."""
     scoring: Scoring = Scoring()
 
     @model_validator(mode="after")

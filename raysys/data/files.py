@@ -204,8 +204,8 @@ def _row_groups(system: filesystems.FileSystem, path: str, name: str) -> Iterato
             metadata = parquet.ParquetFile(file).metadata
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{name} is not a Parquet file: {_first_line(error)}", "the file is damaged or misnamed") from None
-    if "prompt" not in (columns := metadata.schema.to_arrow_schema().names):
-        raise DataError(f"{name} has no column `prompt`, only {', '.join(columns)}", "rename the column")
+    if not {"prompt", "messages"} & set(columns := metadata.schema.to_arrow_schema().names):
+        raise DataError(f"{name} has no column `prompt` or `messages`, only {', '.join(columns)}", "rename the column")
     first = 1
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group).num_rows

@@ -146,12 +146,11 @@ def check_context(folder: str, prompt: int, response: int) -> None:
         )
 
 
-def check_vocabularies(folders: Mapping[str, str], shared_prefix: bool | None = None) -> None:
+def check_vocabularies(folders: Mapping[str, str]) -> None:
     """Student, teachers and reference must mean the same by a token id. Ids without a token (padding of embeddings) do not count.
 
     Args:
         folders: what a model is called in the config ("student", "teachers.add") to its Hugging Face folder or id.
-        shared_prefix: compare only ids that both have; None: the job has no such choice.
 
     Raises:
         ConfigError: a folder is missing or holds no model or no tokenizer; two vocabularies differ, with the first id that does.
@@ -164,7 +163,7 @@ def check_vocabularies(folders: Mapping[str, str], shared_prefix: bool | None = 
         if first is None:
             first = (label, known[folder])
         elif known[folder] is not first[1]:
-            _compare(*first, label, known[folder], shared_prefix)
+            _compare(*first, label, known[folder])
 
 
 def _vocabulary(label: str, folder: str) -> dict[int, str]:
@@ -176,20 +175,12 @@ def _vocabulary(label: str, folder: str) -> dict[int, str]:
         raise ConfigError(f"{label}: {error.message}", error.remedy) from None
 
 
-def _compare(one: str, vocabulary: Mapping[int, str], other: str, theirs: Mapping[int, str], shared_prefix: bool | None) -> None:
-    if shared_prefix:
-        shared = min(max(vocabulary), max(theirs)) + 1
-        vocabulary, theirs = ({number: table[number] for number in table if number < shared} for table in (vocabulary, theirs))
+def _compare(one: str, vocabulary: Mapping[int, str], other: str, theirs: Mapping[int, str]) -> None:
     if vocabulary == theirs:
         return
     number = min(number for number in vocabulary.keys() | theirs.keys() if vocabulary.get(number) != theirs.get(number))
     mine, its = (repr(table[number]) if number in table else "no token" for table in (vocabulary, theirs))
     raise ConfigError(
         f"{one} and {other} have different vocabularies: id {number} is {mine} in {one} and {its} in {other}",
-        "all models of a run must share one tokenizer"
-        + (
-            ""
-            if shared_prefix is not False
-            else "; vocabulary=shared_prefix leaves out what only one of them has behind the other's last id"
-        ),
+        "all models of a run must share one tokenizer",
     )

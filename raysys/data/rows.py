@@ -93,9 +93,10 @@ def parse(record: Any, *, where: str, row_id: str, default_verifier: str, contex
     """A record of a file as a row.
 
     Args:
-        record: what the file holds: `prompt`, and optionally `id`, `domain`, `answer`, `verifier`, `metadata`. Where a model wrote
-            the answers, as `jobs/generate.py` has it: `answer` is its text, `response_ids` and `tokenizer` the tokens of that, and
-            `gold`, even if empty, what verifiers compare with.
+        record: what the file holds: `prompt`, and optionally `id`, `domain`, `answer`, `verifier`, `metadata`. What supervised runs teach
+            is `answer`, or `response` where there is one; a conversation in `messages` whose last one is the assistant's is a prompt and
+            its response in one. Where a model wrote the answers, as `jobs/generate.py` has it: `answer` is its text, `response_ids` and
+            `tokenizer` the tokens of that. `gold`, even if empty, or `answer` beside a `response`, is what verifiers compare with.
         row_id: used when the record has no id.
         context_field: the column that the teacher reads in addition; a record without it is bad.
 
@@ -104,6 +105,7 @@ def parse(record: Any, *, where: str, row_id: str, default_verifier: str, contex
     """
     if not isinstance(record, Mapping):
         raise BadRow(f"not an object: found {_kind(record)}")
+    record = _split(record)
     target = _text(record, "answer", scalars=True)
     answer = target if record.get("gold") is None else _text(record, "gold", scalars=True)
     own = _text(record, "id", scalars=True)
@@ -123,6 +125,21 @@ def parse(record: Any, *, where: str, row_id: str, default_verifier: str, contex
         response_ids=_ids(record.get("response_ids")),
         tokenizer=_text(record, "tokenizer"),
     )
+
+
+def _split(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The record with `prompt` and `answer` in place of `messages` and `response`."""
+    messages = record.get("messages")
+    if messages is not None and record.get("prompt") is None:
+        if not isinstance(messages, list) or not messages:
+            raise BadRow(f"`messages` has the wrong type: {_kind(messages)}, expected a list of chat messages")
+        last = messages[-1]
+        if not isinstance(last, Mapping) or last.get("role") != "assistant":
+            return {**record, "prompt": messages}
+        record = {**record, "prompt": messages[:-1], "response": last.get("content")}
+    if record.get("response") is None:
+        return record
+    return {**record, "answer": record["response"], "gold": record.get("gold", record.get("answer") or "")}
 
 
 def _prompt(value: Any) -> Prompt:

@@ -233,7 +233,7 @@ def test_files_folders_globs_and_uris(tmp_path: Path) -> None:
 
 def test_parquet_without_prompt_or_not_parquet(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"question": ["a"]}), tmp_path / "rows.parquet")
-    with pytest.raises(DataError, match="no column `prompt`, only question"):
+    with pytest.raises(DataError, match="no column `prompt` or `messages`, only question"):
         open_files(str(tmp_path / "rows.parquet"))
     (tmp_path / "text.parquet").write_text("not it")
     with pytest.raises(DataError, match="not a Parquet file"):

@@ -66,3 +66,25 @@ def test_preflight_tells_of_ids_that_cannot_be_taken(tiny: str, tmp_path: Path, 
     with caplog.at_level(logging.WARNING):
         preflight(Data(path=str(path)), tiny, max_prompt_tokens=16, max_response_tokens=14, supervised=supervised)
     assert ("3 of 6 rows have response_ids of another tokenizer" in caplog.text) == supervised
+
+
+def parsed(record: dict[str, object]) -> Row:
+    return parse(record, where="f:1", row_id="f:1", default_verifier="exact", context_field=None)
+
+
+def test_a_conversation_or_a_response_is_a_prompt_and_what_to_learn() -> None:
+    asked, said = [{"role": "user", "content": "4="}], {"role": "assistant", "content": "four"}
+    row = parsed({"messages": [*asked, said], "answer": "4"})
+    assert (row.prompt, row.target, row.answer) == (asked, "four", "4")
+    row = parsed({"prompt": "4=", "response": "four", "answer": "4"})
+    assert (row.prompt, row.target, row.answer, row.verifier) == ("4=", "four", "4", "exact")
+    row = parsed({"prompt": "4=", "response": "four"})
+    assert (row.target, row.answer, row.verifier) == ("four", "", ""), "a response is nothing to judge others by"
+    row = parsed({"messages": asked})
+    assert (row.prompt, row.target) == (asked, "")
+    for messages, reason in (("hello", "`messages` has the wrong type"), ([said], "no `prompt`"), ([*asked, {"role": "assistant"}], "")):
+        if reason:
+            with pytest.raises(BadRow, match=reason):
+                parsed({"messages": messages})
+        else:
+            assert parsed({"messages": messages}).target == ""

@@ -72,7 +72,7 @@ def test_killed_in_the_middle_of_an_epoch_it_goes_on_exactly(place: Workplace) -
     assert last != first
     log = (place.folder / "calm.log").read_text()
     assert "answer too long" in log and "no `answer` to learn" in log, "rows over the limits are counted, never cut"
-    assert "which the teacher all but rules out" in log or max(step["teacher_doubts"] for step in steps) < 1e-3
+    assert "all but rules out" in log or max(step["teacher_doubts"] for step in steps) < 1e-2
 
 
 @pytest.mark.parametrize(
