@@ -295,7 +295,8 @@ def test_11_through_the_blockwise_log_probs():
     def loss(h: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         return policy_loss(token_logprobs(h, u, ids, chunk_tokens=5).view(B, R), old, advantages, lengths_mask())[0]
 
-    assert torch.autograd.gradcheck(loss, (hidden, unembedding))
+    # A second backward pass makes again what the first one took as the forward pass had left it: equal but for rounding.
+    assert torch.autograd.gradcheck(loss, (hidden, unembedding), nondet_tol=1e-12)
 
 
 # 12
