@@ -23,7 +23,7 @@ from raysys.methods.logprobs_kernels import Block, Running, add_asked, kernels_f
 from raysys.methods.tensors import chunks, compute_dtype
 
 # Logits that exist at once. On CPU a block should stay in cache between its passes, on a GPU it should fill the device.
-CPU_BLOCK, CPU_ROWS, CPU_WIDTH = 2**19, 512, 8192
+CPU_BLOCK, CPU_ROWS, CPU_WIDTH = 2**19, 512, 2048
 GPU_BLOCK = 2**24
 KEPT_SHARE = 1 / 3
 """Of the bytes of all logits in float32 (float64)."""
