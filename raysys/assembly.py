@@ -257,6 +257,7 @@ def open_scorers(config: GopdConfig | HpdConfig, student: str, hardware: Hardwar
         device=hardware.device,
         dtype=hardware.dtype,
         deadlines=config.deadlines,
+        rewards=isinstance(config, GopdConfig),  # what data are right is known before
         host=host,
         share=SHARE if host else 1.0,
     )

@@ -42,8 +42,8 @@ def overlay(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, 
     """As `curves`, with several runs in each picture. A single run shows its domains too."""
     pictures = []
     for name in CURVES:
-        lines: list[tuple[str, list[int], list[float]]] = []
-        for label, records in runs.items():
+        lines: list[tuple[str, list[int], list[float], str]] = []
+        for number, (label, records) in enumerate(runs.items()):
             keys = [name]
             if len(runs) == 1:
                 keys += sorted({key for record in records for key in record if key.startswith(f"{name}/")})
@@ -51,21 +51,21 @@ def overlay(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, 
                 points = [(record["step"] + 1, record[key]) for record in records if isinstance(record.get(key), (int, float))]
                 if points:
                     shown = label or (key.partition("/")[2] or "all")
-                    lines.append((shown, [x for x, _ in points], [y for _, y in points]))
+                    color = COLORS[(number if len(runs) > 1 else len(lines)) % len(COLORS)]  # a run keeps its colour in all pictures
+                    lines.append((shown, [x for x, _ in points], [y for _, y in points], color))
         if lines:
-            pictures.append((_TITLES[name], _lines(lines, small=name in ("parity_gap", "learning_rate"))))
+            pictures.append((_TITLES[name], _lines(lines, len(runs) > 1, small=name in ("parity_gap", "learning_rate"))))
     return pictures
 
 
-def _lines(lines: Sequence[tuple[str, list[int], list[float]]], small: bool) -> str:
+def _lines(lines: Sequence[tuple[str, list[int], list[float], str]], several: bool, small: bool) -> str:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for number, (label, x, y) in enumerate(lines):
-        color = COLORS[number % len(COLORS)]
+    for number, (label, x, y, color) in enumerate(lines):
         mode = "lines+markers" if len(x) < 3 else "lines"
         figure.add_scatter(
-            x=x, y=y, name=label, mode=mode, line={"color": color, "width": 2 if number == 0 else 1.5}, showlegend=len(lines) > 1
+            x=x, y=y, name=label, mode=mode, line={"color": color, "width": 2 if number == 0 else 1.5}, showlegend=several or len(lines) > 1
         )
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(tickformat=".0e" if small else None, rangemode="tozero" if small else "normal", nticks=6)

@@ -56,6 +56,7 @@ class ScorerGroup:
         temperature: of the rollouts; divides the logits.
         device: "cpu" or "gpu".
         dtype: of the frozen weights, e.g. "float32", "bfloat16".
+        rewards: whether rows with a verifier get a `reward`.
         host: whose placement group the scorers live in (a bundle a rank, reserved before), each beside a rank; None: their own.
         share: of a GPU for each, where there is a host.
     """
@@ -71,10 +72,11 @@ class ScorerGroup:
         device: str,
         dtype: str,
         deadlines: Deadlines,
+        rewards: bool = True,
         host: Host | None = None,
         share: float = 1.0,
     ):
-        self._config, self._deadlines, self._host, self._share = config, deadlines, host, share
+        self._config, self._deadlines, self._rewards, self._host, self._share = config, deadlines, rewards, host, share
         self.spec = ScorerSpec(
             teachers=dict(teachers),
             reference=reference if reward_scale != 1 else None,
@@ -139,7 +141,7 @@ class ScorerGroup:
         if not len(batch):
             return batch
         needed = Batch(batch.table.select([name for name in _READ if name in batch]))
-        if "verifier" in needed and not any(needed.strings("verifier")):
+        if "verifier" in needed and not (self._rewards and any(needed.strings("verifier"))):
             needed = Batch(needed.table.drop_columns("verifier"))
         if queries is None or isinstance(queries, Ragged):
             queries = iter([(np.arange(len(batch)), queries)])
