@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from raysys.batch import Batch
-from raysys.checks import local_or_id
+from raysys.checks import local_or_id, shared_vocabulary
 from raysys.colocate import SHARE, TurningPusher
 from raysys.config.runs import EvaluateConfig, EvaluationPart, GopdConfig, HpdConfig, Run, SftConfig
 from raysys.data.stream import PromptStream
@@ -150,6 +150,7 @@ def open_trainer(
         deadlines=config.deadlines,
         log_dir=str(folder),
         share=SHARE if shares_its_gpus(config) else 1.0,
+        vocabulary=shared_vocabulary(config) if isinstance(config, HpdConfig) else None,
     )
 
 
@@ -257,6 +258,7 @@ def open_scorers(config: GopdConfig | HpdConfig, student: str, hardware: Hardwar
         device=hardware.device,
         dtype=hardware.dtype,
         deadlines=config.deadlines,
+        vocabulary=shared_vocabulary(config) if isinstance(config, HpdConfig) else None,
         rewards=isinstance(config, GopdConfig),  # what data are right is known before
         host=host,
         share=SHARE if host else 1.0,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from raysys.config.parts import Data
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, SftConfig
-from raysys.data.preflight import check_context, check_vocabularies, preflight
+from raysys.data.preflight import check_context, check_vocabularies, preflight, shared_ids
 from raysys.data.text import identity, load_tokenizer
 from raysys.errors import ConfigError, DataError
 from raysys.job import RUNS_VARIABLE
@@ -35,11 +35,19 @@ def check_sft(config: SftConfig) -> None:
 def check_hpd(config: HpdConfig) -> None:
     """As `check_gopd`."""
     student = local_or_id(config.student)
-    check_vocabularies({"student": student} | {f"teachers.{tag}": local_or_id(folder) for tag, folder in config.teachers.items()})
-    domains = set(config.teachers) if config.loss != "sft" else None
-    _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, domains, supervised=True)
+    folders = {"student": student} | {f"teachers.{tag}": local_or_id(folder) for tag, folder in config.teachers.items()}
+    check_vocabularies(folders, shared_prefix=config.vocabulary == "shared_prefix")
+    domains, shared = set(config.teachers) if config.loss != "sft" else None, shared_vocabulary(config)
+    _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, domains, supervised=True, shared=shared)
     if config.evaluation is not None:
         _check_data(config.evaluation.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
+
+
+def shared_vocabulary(config: HpdConfig) -> int | None:
+    """Ids that all models share, where the run goes by those."""
+    if config.vocabulary == "same":
+        return None
+    return shared_ids([local_or_id(folder) for folder in (config.student, *config.teachers.values())])
 
 
 def check_evaluate(config: EvaluateConfig) -> None:
@@ -76,8 +84,24 @@ def check_generate(config: GenerateConfig) -> None:
     )
 
 
-def _check_data(data: Data, tokenizer: str | None, prompt: int, response: int, domains: set[str] | None, supervised: bool = False) -> None:
-    preflight(data, tokenizer, max_prompt_tokens=prompt, max_response_tokens=response, domains=domains, supervised=supervised)
+def _check_data(
+    data: Data,
+    tokenizer: str | None,
+    prompt: int,
+    response: int,
+    domains: set[str] | None,
+    supervised: bool = False,
+    shared: int | None = None,
+) -> None:
+    preflight(
+        data,
+        tokenizer,
+        max_prompt_tokens=prompt,
+        max_response_tokens=response,
+        domains=domains,
+        supervised=supervised,
+        shared=shared,
+    )
 
 
 def local_or_id(folder: str) -> str:

@@ -25,7 +25,7 @@ from raysys.assembly import (
     start_all,
     tell_bad_rows,
 )
-from raysys.checks import check_evaluate, check_generate, check_gopd, check_hpd, check_sft, local_or_id
+from raysys.checks import check_evaluate, check_generate, check_gopd, check_hpd, check_sft, local_or_id, shared_vocabulary
 from raysys.colocate import TurningPusher, TurningTrainer, lodger
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, SftConfig
 from raysys.data.stream import PromptStream
@@ -157,7 +157,9 @@ def _on_data(config: SftConfig | HpdConfig, session: Session, student: str, obje
         if lodging:
             start_all(trainer=starts.pop("trainer"))  # the scorers live where it is
         start_all(**starts)
-        stream = PromptStream(config.data, student, config.seed, config.max_prompt_tokens, config.max_response_tokens, supervised=True)
+        shared = shared_vocabulary(config) if isinstance(config, HpdConfig) else None
+        limits = config.max_prompt_tokens, config.max_response_tokens
+        stream = PromptStream(config.data, student, config.seed, *limits, supervised=True, shared=shared)
         source = DataSource(stream)
         resume(session, trainer, source)
         evaluator: Evaluates = NoEvaluation()

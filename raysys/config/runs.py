@@ -183,12 +183,21 @@ class HpdConfig(OnData):
     """Count the teacher's probability twice where the draw should be suppressed; of loss=hpd."""
     temperature: PositiveFloat = 1.0
     """Divides the logits of student and teacher."""
+    vocabulary: Literal["same", "shared_prefix"] = "same"
+    """shared_prefix: models whose first ids mean the same, some with more behind. Probabilities are those over the shared ids, and rows
+    that hold others are left out and counted."""
     scoring: Scoring = Scoring()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not self.teachers:
             raise ValueError("teachers is empty; map each domain tag, or 'default', to a folder")
+        if self.vocabulary == "shared_prefix" and self.trainer.zero_stage == 3:
+            raise ValueError("vocabulary=shared_prefix cuts the output embedding, which trainer.zero_stage=3 keeps in pieces: set it to 2")
+        if self.vocabulary == "shared_prefix" and self.evaluation is not None:
+            raise ValueError(
+                "vocabulary=shared_prefix trains on a part of what an engine samples from: evaluate the export by jobs/evaluate.py"
+            )
         if self.loss != "hpd" and not (self.use_student_sample and self.use_reinforce):
             raise ValueError(f"use_student_sample and use_reinforce are parts of loss=hpd, not of loss={self.loss}: leave them out")
         if self.scoring.placement == "colocated" and self.scoring.ranks != self.trainer.ranks:

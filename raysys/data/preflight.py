@@ -36,6 +36,7 @@ def preflight(
     max_response_tokens: int,
     domains: Collection[str] | None = None,
     supervised: bool = False,
+    shared: int | None = None,
     check_verifier: Callable[[str], None] | None = None,
 ) -> BadRows:
     """Checks a run's data.
@@ -46,6 +47,7 @@ def preflight(
         max_prompt_tokens, max_response_tokens: rows beyond are bad rows.
         domains: tags that have a teacher, `default` for rows without a tag; None: any tag will do.
         supervised: rows also need an answer.
+        shared: rows with ids from here on are unusable; None: all ids will do.
         check_verifier: raises DataError for a verifier that it does not know.
 
     Returns:
@@ -59,7 +61,7 @@ def preflight(
     """
     if tokenizer is not None:
         check_context(tokenizer, max_prompt_tokens, max_response_tokens)
-    encoder = None if tokenizer is None else encoder_for(data, tokenizer, max_prompt_tokens, max_response_tokens, supervised)
+    encoder = None if tokenizer is None else encoder_for(data, tokenizer, max_prompt_tokens, max_response_tokens, supervised, shared)
     report = BadRows(data.max_bad_share)
     seen: dict[str, str] = {}
     foreign = 0
@@ -146,11 +148,12 @@ def check_context(folder: str, prompt: int, response: int) -> None:
         )
 
 
-def check_vocabularies(folders: Mapping[str, str]) -> None:
+def check_vocabularies(folders: Mapping[str, str], shared_prefix: bool | None = None) -> None:
     """Student, teachers and reference must mean the same by a token id. Ids without a token (padding of embeddings) do not count.
 
     Args:
         folders: what a model is called in the config ("student", "teachers.add") to its Hugging Face folder or id.
+        shared_prefix: compare only ids that both have; None: the job has no such choice.
 
     Raises:
         ConfigError: a folder is missing or holds no model or no tokenizer; two vocabularies differ, with the first id that does.
@@ -163,7 +166,7 @@ def check_vocabularies(folders: Mapping[str, str]) -> None:
         if first is None:
             first = (label, known[folder])
         elif known[folder] is not first[1]:
-            _compare(*first, label, known[folder])
+            _compare(*first, label, known[folder], shared_prefix)
 
 
 def _vocabulary(label: str, folder: str) -> dict[int, str]:
@@ -175,12 +178,21 @@ def _vocabulary(label: str, folder: str) -> dict[int, str]:
         raise ConfigError(f"{label}: {error.message}", error.remedy) from None
 
 
-def _compare(one: str, vocabulary: Mapping[int, str], other: str, theirs: Mapping[int, str]) -> None:
+def shared_ids(folders: Collection[str]) -> int:
+    """How many ids, from 0 on, all these tokenizers have."""
+    return 1 + min(max(_vocabulary(folder, folder)) for folder in folders)
+
+
+def _compare(one: str, vocabulary: Mapping[int, str], other: str, theirs: Mapping[int, str], shared_prefix: bool | None) -> None:
+    if shared_prefix:
+        both = min(max(vocabulary), max(theirs)) + 1
+        vocabulary, theirs = ({number: table[number] for number in table if number < both} for table in (vocabulary, theirs))
     if vocabulary == theirs:
         return
     number = min(number for number in vocabulary.keys() | theirs.keys() if vocabulary.get(number) != theirs.get(number))
     mine, its = (repr(table[number]) if number in table else "no token" for table in (vocabulary, theirs))
     raise ConfigError(
         f"{one} and {other} have different vocabularies: id {number} is {mine} in {one} and {its} in {other}",
-        "all models of a run must share one tokenizer",
+        "all models of a run must share one tokenizer"
+        + ("; vocabulary=shared_prefix allows that one has more ids behind the other's last" if shared_prefix is False else ""),
     )

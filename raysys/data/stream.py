@@ -54,8 +54,9 @@ class PromptStream:
         max_response_tokens: int,
         supervised: bool = False,
         deadline: float = 900.0,
+        shared: int | None = None,
     ):
-        encoder = encoder_for(data, tokenizer_folder, max_prompt_tokens, max_response_tokens, supervised)
+        encoder = encoder_for(data, tokenizer_folder, max_prompt_tokens, max_response_tokens, supervised, shared)
         self._report = BadRows(data.max_bad_share)
         if data.source is not None:
             self._kind = "procedural"
@@ -101,13 +102,16 @@ class PromptStream:
         self._rows.close()
 
 
-def encoder_for(data: Data, tokenizer_folder: str, max_prompt_tokens: int, max_response_tokens: int, supervised: bool) -> Encoder:
+def encoder_for(
+    data: Data, tokenizer_folder: str, max_prompt_tokens: int, max_response_tokens: int, supervised: bool, shared: int | None = None
+) -> Encoder:
     """The encoder that a run's data asks for."""
     return Encoder(
         tokenizer_folder,
         max_prompt_tokens=max_prompt_tokens,
         max_response_tokens=max_response_tokens,
         supervised=supervised,
+        shared=shared,
         enable_thinking=data.enable_thinking,
         context_template=data.context_template if data.context_field is not None else None,
     )

@@ -41,6 +41,7 @@ class Encoder:
         max_prompt_tokens, max_response_tokens: longer rows are bad rows.
         supervised: also encode the target, with the end token behind it. A target that has token ids of this very tokenizer is
             taken as these ids: text does not always encode to what was sampled.
+        shared: rows with ids from here on are bad rows; None: all ids will do.
         enable_thinking: handed to the chat template.
         context_template: text with `{prompt}` and `{context}` that the teacher reads instead; None: no teacher prompt.
 
@@ -55,12 +56,13 @@ class Encoder:
         max_prompt_tokens: int,
         max_response_tokens: int,
         supervised: bool = False,
+        shared: int | None = None,
         enable_thinking: bool = False,
         context_template: str | None = None,
     ):
         self._tokenizer = load_tokenizer(folder)
         self._max_prompt, self._max_response = max_prompt_tokens, max_response_tokens
-        self.supervised = supervised
+        self.supervised, self._shared = supervised, shared
         self._thinking, self._template = enable_thinking, context_template
         self._end: int | None = self._tokenizer.eos_token_id
         self._known: dict[str, bool] = {}
@@ -119,6 +121,8 @@ class Encoder:
             return BadRow(f"prompt too long: {len(ids[prompt])} tokens, max_prompt_tokens is {self._max_prompt}")
         if answer is not None and len(answer) > self._max_response:
             return BadRow(f"answer too long: {len(answer)} tokens with its end, max_response_tokens is {self._max_response}")
+        if self._shared is not None and (largest := max(ids[prompt] + (answer or []))) >= self._shared:
+            return BadRow(f"token not shared: id {largest}, all models have the first {self._shared}")
         return Encoded(ids[prompt], None if teacher is None else ids[teacher], answer)
 
     def _render(self, prompt: Prompt) -> str:

@@ -31,6 +31,9 @@ class LogProbHead(nn.Linear):
     The products run inside this module's own forward, so ZeRO-3 gathers its parameters for them, in backward too.
     """
 
+    vocabulary: int | None = None
+    """First ids that probabilities are over; None: all."""
+
     def forward(  # type: ignore[override]
         self,
         input: Tensor,
@@ -45,9 +48,16 @@ class LogProbHead(nn.Linear):
         if ids is None:
             return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
+            weight, bias = self._shared()
             if uniform is not None:
-                return draw_tokens(input, self.weight, uniform, temperature, chunk_tokens, self.bias)
-            return token_logprobs(input, self.weight, ids, temperature, chunk_tokens, self.bias, entropy)
+                return draw_tokens(input, weight, uniform, temperature, chunk_tokens, bias)
+            return token_logprobs(input, weight, ids, temperature, chunk_tokens, bias, entropy)
+
+    def _shared(self) -> tuple[Tensor, Tensor | None]:
+        """The rows of the ids that count. The parameter itself where all do: under ZeRO 3 a slice of it would not be gathered again."""
+        if self.vocabulary is None:
+            return self.weight, self.bias
+        return self.weight[: self.vocabulary], None if self.bias is None else self.bias[: self.vocabulary]
 
 
 class _ResponseForward:
@@ -68,6 +78,7 @@ def load_causal(
     device: torch.device | str = "cpu",
     trainable: bool = False,
     activation_checkpointing: bool = False,
+    vocabulary: int | None = None,
 ) -> PreTrainedModel:
     """A transformers model whose output embedding is a `LogProbHead` and whose rows need no padding where it can be told of rows (`packs`).
 
@@ -78,6 +89,7 @@ def load_causal(
         dtype: of the weights, e.g. torch.float32 or "bfloat16".
         trainable: train mode with gradients; otherwise eval mode, frozen.
         activation_checkpointing: recompute each layer in backward.
+        vocabulary: log-probs are those over so many first ids; None: over all.
 
     Raises:
         ConfigError: nothing loadable is there, or the model changes its logits after the head.
@@ -89,7 +101,7 @@ def load_causal(
         raise ConfigError(
             f"cannot load a causal language model from {folder}: {_first_line(error)}", "give a Hugging Face folder or id"
         ) from error
-    _swap_classes(model, folder)
+    _swap_classes(model, folder, vocabulary)
     model.requires_grad_(trainable).train(trainable)
     model.packs = packing.teach(model)  # type: ignore[assignment]
     if not model.packs:
@@ -101,7 +113,7 @@ def load_causal(
     return model
 
 
-def _swap_classes(model: PreTrainedModel, folder: str | Path) -> None:
+def _swap_classes(model: PreTrainedModel, folder: str | Path, vocabulary: int | None) -> None:
     for key, neutral in _LOGIT_KEYS.items():
         if getattr(model.config, key, None) not in (None, neutral):
             raise ConfigError(f"{folder}: {key}={getattr(model.config, key)} changes logits after the head, which is not supported")
@@ -109,6 +121,7 @@ def _swap_classes(model: PreTrainedModel, folder: str | Path) -> None:
     if type(head) is not nn.Linear:
         raise ConfigError(f"{folder}: the output embedding is {type(head).__name__}, not a plain linear layer")
     head.__class__ = LogProbHead
+    head.vocabulary = vocabulary  # type: ignore[assignment]
     kind = type(model)
     # Same name: save_pretrained writes it into config.json as the architecture.
     model.__class__ = type(kind.__name__, (_ResponseForward, kind), {"__module__": kind.__module__})

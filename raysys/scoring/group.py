@@ -56,6 +56,7 @@ class ScorerGroup:
         temperature: of the rollouts; divides the logits.
         device: "cpu" or "gpu".
         dtype: of the frozen weights, e.g. "float32", "bfloat16".
+        vocabulary: first ids that probabilities are over; None: all.
         rewards: whether rows with a verifier get a `reward`.
         host: whose placement group the scorers live in (a bundle a rank, reserved before), each beside a rank; None: their own.
         share: of a GPU for each, where there is a host.
@@ -73,6 +74,7 @@ class ScorerGroup:
         dtype: str,
         deadlines: Deadlines,
         rewards: bool = True,
+        vocabulary: int | None = None,
         host: Host | None = None,
         share: float = 1.0,
     ):
@@ -87,6 +89,7 @@ class ScorerGroup:
             micro_batch_tokens=config.micro_batch_tokens,
             chunk_tokens=config.chunk_tokens,
             threads=config.threads,
+            vocabulary=vocabulary,
         )
         self._placement: PlacementGroup | None = None
         self._workers: list[Any] = []

@@ -34,6 +34,8 @@ class ScorerSpec:
     micro_batch_tokens: int
     chunk_tokens: int
     threads: int
+    vocabulary: int | None = None
+    """First ids that probabilities are over; None: all."""
 
     @property
     def folders(self) -> list[str]:
@@ -62,7 +64,9 @@ class ScorerWorker:
 
         torch.set_num_threads(self.spec.threads)
         device = "cuda" if self.spec.device == "gpu" else "cpu"
-        self._models = {folder: load_causal(folder, self.spec.dtype, device) for folder in self.spec.folders}
+        self._models = {
+            folder: load_causal(folder, self.spec.dtype, device, vocabulary=self.spec.vocabulary) for folder in self.spec.folders
+        }
         self._tokenizer = AutoTokenizer.from_pretrained(self.spec.tokenizer)
         parameters = {folder: sum(p.numel() for p in model.parameters()) for folder, model in self._models.items()}
         return {"parameters": parameters, "pid": os.getpid()}

@@ -48,9 +48,8 @@ class Engine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
         # DeepSpeed moves it to its device.
-        self.model = load_causal(
-            spec.model, self.dtype, "cpu", trainable=True, activation_checkpointing=spec.config.activation_checkpointing
-        )
+        recompute = spec.config.activation_checkpointing
+        self.model = load_causal(spec.model, self.dtype, "cpu", True, activation_checkpointing=recompute, vocabulary=spec.vocabulary)
         if getattr(self.model, "_weight_conversions", None):
             raise ConfigError(
                 f"{spec.model}: transformers holds its weights under other names and shapes than the files, which is not supported yet"

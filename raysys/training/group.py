@@ -59,11 +59,12 @@ class TrainerGroup:
         deadlines: Deadlines,
         log_dir: str | None = None,
         share: float = 1.0,
+        vocabulary: int | None = None,
     ):
         if config.offload_optimizer and config.zero_stage == 0:
             raise ConfigError("trainer.offload_optimizer needs trainer.zero_stage of 1 or more, got 0")
         self.config, self._deadlines, self._objective = config, deadlines, objective
-        self.spec = TrainerSpec(config, model, objective, learning_rate, steps, seed, temperature, device, dtype, log_dir)
+        self.spec = TrainerSpec(config, model, objective, learning_rate, steps, seed, temperature, device, dtype, vocabulary, log_dir)
         self.workers: list[Any] = []
         self._share, self._has_placed, self._padded = share, False, False
         self.placement: PlacementGroup | None = None

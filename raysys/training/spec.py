@@ -28,6 +28,8 @@ class TrainerSpec:
     """"cpu" or "gpu"."""
     dtype: str
     """"float32" or "bfloat16" (then with float32 masters)."""
+    vocabulary: int | None = None
+    """First ids that the objective's probabilities are over; None: all."""
     log_dir: str | None = None
     """Where DeepSpeed's own chatter goes, one file a rank; None drops it."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from raysys.config.parts import Data
-from raysys.data.preflight import check_vocabularies, preflight
+from raysys.data.preflight import check_vocabularies, preflight, shared_ids
 from raysys.data.text import load_tokenizer
 from raysys.errors import ConfigError, DataError
 from raysys.scoring.verifiers import check as check_verifier
@@ -115,6 +115,19 @@ def test_vocabularies_are_compared_by_id(tmp_path: Path, tiny: str) -> None:
     tokenizer.save_pretrained(longer)
     with pytest.raises(ConfigError, match="id 98 is no token in student and '<extra>' in reference"):
         check_vocabularies({"student": tiny, "reference": str(longer)})
+    with pytest.raises(ConfigError, match=r"id 98 is no token .*vocabulary=shared_prefix allows"):
+        check_vocabularies({"student": tiny, "reference": str(longer)}, shared_prefix=False)
+    check_vocabularies({"student": str(longer), "reference": tiny}, shared_prefix=True)
+    with pytest.raises(ConfigError, match="id 68 is 'a' in student"):
+        check_vocabularies({"student": tiny, "teachers.add": str(other)}, shared_prefix=True)
+    assert shared_ids([str(longer), tiny]) == 98 and shared_ids([str(longer)]) == 99
+
+
+def test_rows_with_ids_that_not_all_models_have_are_unusable(tmp_path: Path, tiny: str) -> None:
+    spec = write(tmp_path, [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+1=", "answer": "~"}])
+    report = check(Data(path=spec, max_bad_share=0.5), tiny, supervised=True, shared=97)
+    assert (report.seen, report.bad) == (2, 1) and "token not shared: id 97, all models have the first 97" in report.lines()[1]
+    assert check(Data(path=spec, max_bad_share=0.5), tiny, supervised=True).bad == 0
 
 
 def test_models_that_are_not_there(tmp_path: Path, tiny: str) -> None:

@@ -118,3 +118,27 @@ def test_what_cannot_be_loaded_says_so(folder, tmp_path):
     model.save_pretrained(capped)
     with pytest.raises(ConfigError, match=r"final_logit_softcapping=30\.0"):
         load_causal(capped, "float32")
+
+
+def test_probabilities_over_the_ids_that_are_shared(folder):
+    """As if the others had no logit: the softmax is cut, and nothing is learned of what lies beyond."""
+    model = load_causal(folder, "float64", trainable=True, vocabulary=60)
+    ids = batch() % 60
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    want = []
+    for row, prompt, response in zip(ids.split(LENGTHS.tolist()), PROMPTS.tolist(), RESPONSES.tolist(), strict=True):
+        table = torch.log_softmax(plain(row[None]).logits[0, prompt - 1 : prompt + response - 1, :60], -1)
+        want.append(table.gather(1, row[prompt : prompt + response, None])[:, 0])
+    got = response_logprobs(model, ids, PROMPTS, RESPONSES)
+    torch.testing.assert_close(got, torch.cat(want))
+    got.sum().backward()
+    torch.cat(want).sum().backward()
+    for (name, mine), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+    assert not model.get_output_embeddings().weight.grad[60:].any()
+    drawn, _ = response_logprobs(
+        model, ids, PROMPTS, RESPONSES, uniform=torch.full((int(RESPONSES.sum()),), 1 - 1e-12, dtype=torch.float64)
+    )
+    assert drawn.max() < 60
+    with pytest.raises(ValueError, match=r"ids must lie in \[0, 60\)"):
+        response_logprobs(model, torch.full_like(ids, 60), PROMPTS, RESPONSES)
