@@ -133,7 +133,7 @@ def test_the_student_moves_towards_its_teacher(place: Workplace, base: Path, tea
     steps = place.metrics("learn")
     assert len(steps) == 60
     first, last = (sum(step["reverse_kl"] for step in part) / 5 for part in (steps[:5], steps[-5:]))
-    assert last < 0.8 * first, f"reverse KL per token went from {first:.3f} to {last:.3f}"
+    assert last < 0.9 * first, f"reverse KL per token went from {first:.3f} to {last:.3f}"
     assert max(step["parity_gap"] for step in steps) < 1e-4
     assert all(step["age_max"] == 0 and step["version"] == step["step"] + 1 for step in steps)
     assert len({step["fingerprint"] for step in steps}) == 60
