@@ -6,6 +6,7 @@ than 1. All are judged and counted, so the share of right ones is the teacher's 
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from raysys.data.rows import Prompt, Row
-from raysys.errors import DataError
+from raysys.errors import CheckpointError, ConfigError, DataError, InfrastructureError, NumericsError, RaysysError
 
 SHOWN = 2
 """Answers of each domain that a shard's record quotes for the report."""
@@ -154,3 +155,20 @@ def plain(prompt: Prompt) -> str:
 
 def as_json(record: Record) -> Mapping[str, Any]:
     return dict(vars(record))
+
+
+def told(result: Record | RaysysError) -> str:
+    """A shard's account, or why there is none, as text that crosses to the driver: see `heard`."""
+    if isinstance(result, Record):
+        return json.dumps({"record": as_json(result)})
+    return json.dumps({"error": type(result).__name__, "message": result.message, "remedy": result.remedy})
+
+
+def heard(text: str) -> Record | RaysysError:
+    """What `told` made; of a kind of error that needs more than its words, the kind that it is one of."""
+    facts = json.loads(text)
+    if "record" in facts:
+        return Record(**facts["record"])
+    plain_kinds = {kind.__name__: kind for kind in (CheckpointError, ConfigError, DataError, NumericsError)}
+    kind = plain_kinds.get(facts["error"], InfrastructureError)
+    return kind(facts["message"], facts["remedy"])

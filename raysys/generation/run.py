@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import pickle
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from raysys.config.runs import GenerateConfig
 from raysys.data.rows import BadRows
 from raysys.errors import DataError, RaysysError
 from raysys.files import append_json, read_json_lines, write_atomically
-from raysys.generation.answers import Record
+from raysys.generation.answers import Record, heard
 from raysys.generation.books import Books
 from raysys.generation.shards import Prompts, Shard
 from raysys.generation.teacher import Teacher, Work
@@ -144,7 +143,7 @@ class Stage:
         try:
             for block in self._dataset().iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for number, result in zip(block.column("shard").to_pylist(), block.column("result").to_pylist(), strict=True):
-                    self._came.put((number, pickle.loads(result)))
+                    self._came.put((number, heard(result)))
         except BaseException as error:
             error.__cause__ = None  # Ray Data says with it that the error is none of its user's, and hides it behind that
             self._came.put(error)

@@ -11,7 +11,6 @@ import functools
 import json
 import logging
 import os
-import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from raysys.data.rows import BadRow, Row
 from raysys.data.stream import encoder_for
 from raysys.data.text import Decoder, Encoded, Encoder
 from raysys.errors import InfrastructureError, RaysysError
-from raysys.generation.answers import Answer, Record, plain, sift, table
+from raysys.generation.answers import Answer, Record, plain, sift, table, told
 from raysys.generation.books import publish
 from raysys.generation.shards import Prompts, Shard
 from raysys.rollout.serving import Response
@@ -82,7 +81,7 @@ class Teacher:
                 result: Record | RaysysError = self.answer(self._work.shards[int(number)])
             except RaysysError as error:  # as a value: what Ray Data makes of an exception hides whose it is
                 result = error
-            results[place] = pickle.dumps(result)
+            results[place] = told(result)
         return {"shard": batch["shard"], "result": results}
 
     def answer(self, shard: Shard) -> Record:

@@ -11,8 +11,8 @@ import pytest
 
 from raysys.data.files import open_files
 from raysys.data.rows import Row, parse
-from raysys.errors import CheckpointError
-from raysys.generation.answers import Answer, Record, plain, sift, table
+from raysys.errors import CheckpointError, DataError, DeadlineError, InfrastructureError, RaysysError
+from raysys.generation.answers import Answer, Record, heard, plain, sift, table, told
 from raysys.generation.books import Books, publish
 from raysys.generation.shards import Piece, Shard
 
@@ -122,3 +122,18 @@ def test_row_groups_stay_small_enough_to_shuffle(tmp_path: Path) -> None:
     publish(tmp_path, table([answer(number) for number in range(2500)], "t"), Record(SHARDS[0].name))
     assert parquet.ParquetFile(tmp_path / "data" / "0-add-00000.parquet").num_row_groups == 3
     assert json.loads((tmp_path / "ledger" / "shards" / "0-add-00000.json").read_text())["size"] > 0
+
+
+@pytest.mark.parametrize(
+    ("sent", "kind"),
+    [
+        (DataError("row 3 is odd", "mend it"), DataError),
+        (CheckpointError("the disk is full"), CheckpointError),
+        (DeadlineError("engine", "answer", 3.0, "deadlines.generate"), InfrastructureError),
+    ],
+)
+def test_what_ended_a_shard_crosses_as_text(sent: RaysysError, kind: type[RaysysError]) -> None:
+    got = heard(told(sent))
+    assert type(got) is kind and isinstance(got, RaysysError) and (got.message, got.remedy) == (sent.message, sent.remedy)
+    record = Record("s", counts={"add": {"kept": 2}}, seen=3, reasons={"long": 1}, texts=[{"text": "<b>"}], rate=1.5)
+    assert heard(told(record)) == record
