@@ -24,7 +24,7 @@ ADD = {"task": "chain_sum", "params": {"min_terms": 2, "max_terms": 2, "min_digi
 REV = {"task": "spell_backward", "params": {"min_word_len": 3, "max_word_len": 6}, "style": "scratchpad"}
 SMALL = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 32, "ffn_size": 192, "context": 64}
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 class Workplace:
