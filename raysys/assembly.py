@@ -34,7 +34,7 @@ from raysys.scoring.group import ScorerGroup
 from raysys.scoring.verifiers import score
 from raysys.training.group import TrainerGroup
 from raysys.training.objectives import Objective
-from raysys.watching import Usage
+from raysys.watching import Usage, scorer_ranks
 from raysys.weights.ipc import IpcReceiver
 from raysys.weights.nccl import NcclReceiver
 from raysys.weights.push import Pusher
@@ -268,7 +268,7 @@ def open_scorers(config: GopdConfig | HpdConfig, student: str, hardware: Hardwar
 def shares_its_gpus(config: GopdConfig | SftConfig | HpdConfig) -> bool:
     """Whether somebody lives beside each trainer rank: an engine, or a scorer."""
     if isinstance(config, HpdConfig):
-        return config.loss != "sft" and config.scoring.placement == "colocated"
+        return scorer_ranks(config) > 0 and config.scoring.placement == "colocated"
     return isinstance(config, GopdConfig) and config.colocate
 
 

@@ -42,7 +42,7 @@ from raysys.rollout.spec import Sampling
 from raysys.supervised import DataSource, Doubts, NoPush, NoScorers
 from raysys.training.hybrid import HpdObjective
 from raysys.training.objectives import GopdObjective, Objective, SftObjective
-from raysys.watching import Usage, status
+from raysys.watching import Usage, scorer_ranks, status
 
 log = logging.getLogger("raysys")
 
@@ -131,20 +131,18 @@ def _on_policy(config: GopdConfig, session: Session, pool: RolloutPool, student:
 def run_sft(config: SftConfig, session: Session) -> None:
     """Supervised fine-tuning: the same loop with data as its source, no scorers, and a push only where an evaluation needs one."""
     student = local_or_id(config.student) if config.student else make_model(config, session.folder)
-    _on_data(config, session, student, SftObjective(), frozen=False)
+    _on_data(config, session, student, SftObjective())
 
 
 def run_hpd(config: HpdConfig, session: Session) -> None:
     """Distillation on data: as `run_sft`, with a teacher that scores the data's tokens and the trainer's draws."""
-    objective = HpdObjective.of(config)
-    _on_data(config, session, local_or_id(config.student), objective, frozen=objective.kind != "sft")
+    _on_data(config, session, local_or_id(config.student), HpdObjective.of(config))
 
 
-def _on_data(config: SftConfig | HpdConfig, session: Session, student: str, objective: Objective, frozen: bool) -> None:
-    """The loop with Ray Data as its source. `frozen`: with scorers, so for an `HpdConfig`."""
+def _on_data(config: SftConfig | HpdConfig, session: Session, student: str, objective: Objective) -> None:
+    """The loop with Ray Data as its source, and scorers where the objective has a teacher."""
     engines = config.rollout.fewest if config.evaluation else 0
-    scoring = config.scoring.ranks if frozen and isinstance(config, HpdConfig) else 0
-    lodging = shares_its_gpus(config)
+    scoring, lodging = scorer_ranks(config), shares_its_gpus(config)
     hardware = Hardware.choose(config, config.trainer.dtype, config.trainer.ranks + engines + (0 if lodging else scoring))
     with ExitStack() as stack:
         trainer = stack.enter_context(open_trainer(config, student, objective, hardware, session.folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import threading
 import time
@@ -97,3 +98,30 @@ def end(process: subprocess.Popen[bytes], patience: float = 20.0) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):  # psutil compares start times: a later process with this id is left alone
             one.kill()
     process.wait(patience)
+
+
+class Failed(RuntimeError):
+    """A side ended with an error; says its last line."""
+
+
+def watched(side: str, command: list[str], environment: dict[str, str], log: Path, deadline: float) -> tuple[float, dict[str, Any]]:
+    """Seconds that a command took, and its processes at their largest. Raises Failed."""
+    base = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    began = time.monotonic()
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, env=base | environment, cwd=log.parent, stdout=output, stderr=output)
+    try:
+        with peak_memory(process.pid) as peak:
+            code = process.wait(deadline)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"{side} did not end within {deadline:g} s (deadline); {last_line(log.read_text())}") from None
+    finally:
+        end(process)
+    if code:
+        raise Failed(f"{side} ended with {code}: {last_line(log.read_text())}")
+    return time.monotonic() - began, peak
+
+
+def last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it said nothing"

@@ -17,20 +17,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 import venv
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.bench.peak import end, peak_memory
+from tests.bench.peak import Failed, last_line, watched
 
 ROOT = Path(__file__).resolve().parents[2]
 PEER = ROOT / ".venv-trl"
@@ -118,13 +116,9 @@ def peer() -> Path:
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", *PINS]
     done = subprocess.run(install, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"vs-trl: cannot install {' '.join(PINS)} into {PEER.name}: {_last_line(done.stderr)}")
+        raise SystemExit(f"vs-trl: cannot install {' '.join(PINS)} into {PEER.name}: {last_line(done.stderr)}")
     mark.write_text("\n".join(PINS) + "\n")
     return python
-
-
-class Failed(RuntimeError):
-    """A side ended with an error; says its last line."""
 
 
 class Bench:
@@ -178,7 +172,7 @@ class Bench:
         # A home of its own: a head of this checkout would otherwise be joined, and its processes are nobody's children here.
         # Ray's workers otherwise yield to everything else (nice 15), which on a machine that is not idle would be no equal race.
         ours = {"RAYSYS_RUNS_DIR": str(self.folder), "RAYSYS_HOME": str(self.folder / "home"), "RAY_worker_niceness": "0"}
-        seconds, peak = self._watched("raysys", command, ours)
+        seconds, peak = watched("raysys", command, ours, self.folder / "raysys.log", self.deadline)
         records = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
         laps = [record["seconds"] for record in records]
         return {
@@ -214,6 +208,7 @@ class Bench:
     def _trl(self, vllm: bool, steps: int) -> dict[str, Any]:
         asked, out = self.folder / "trl.json", self.folder / "trl-figures.json"
         settings = {
+            "method": "opd",
             "student": str(self.student),
             "teacher": str(self.teacher),
             "prompts": str(self.prompts),
@@ -227,27 +222,11 @@ class Bench:
         asked.write_text(json.dumps(settings))
         command = [str(self.python), str(Path(__file__).with_name("trl_peer.py")), str(asked), str(out)]
         engine = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
-        seconds, peak = self._watched("TRL", command, {"OMP_NUM_THREADS": str(self.work["threads"]), **(engine if vllm else {})})
+        environment = {"OMP_NUM_THREADS": str(self.work["threads"]), **(engine if vllm else {})}
+        seconds, peak = watched("TRL", command, environment, self.folder / "TRL.log", self.deadline)
         found = json.loads(out.read_text())
+        found["reverse_kl"] = found.pop("loss")
         return {**found, "phases": {"generate": found["generate_s"]}, "wall_s": seconds, "peak": peak}
-
-    def _watched(self, side: str, command: list[str], environment: dict[str, str]) -> tuple[float, dict[str, Any]]:
-        """Seconds that a command took, and its processes at their largest. Raises Failed."""
-        log = self.folder / f"{side}.log"
-        base = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-        began = time.monotonic()
-        with open(log, "w") as output:
-            process = subprocess.Popen(command, env=base | environment, cwd=self.folder, stdout=output, stderr=output)
-        try:
-            with peak_memory(process.pid) as peak:
-                code = process.wait(self.deadline)
-        except subprocess.TimeoutExpired:
-            raise Failed(f"{side} did not end within {self.deadline:g} s (deadline); {_last_line(log.read_text())}") from None
-        finally:
-            end(process)
-        if code:
-            raise Failed(f"{side} ended with {code}: {_last_line(log.read_text())}")
-        return time.monotonic() - began, peak
 
     def _pool(self, rounds: list[dict[str, Any]]) -> dict[str, Any]:
         """One side's rounds as figures; times are medians of the steps after the first `skip`."""
@@ -321,11 +300,6 @@ def _parameters(folder: Path) -> int:
     with safe_open(folder / "model.safetensors", "pt") as weights:
         shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
     return sum(int(shape[0] * (shape[1] if len(shape) > 1 else 1)) for shape in shapes)
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it said nothing"
 
 
 def table(figures: dict[str, Any]) -> list[list[Any]]:

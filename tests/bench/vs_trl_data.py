@@ -8,17 +8,14 @@ log-normal lengths. TRL lives in `.venv-trl` (see `vs_trl.py`). Memory is that o
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from tests.bench.hpd_step import STUDENT, config, data
-from tests.bench.peak import end, peak_memory
+from tests.bench.peak import Failed, watched
 from tests.bench.vs_trl import lengthy_model, peer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +45,10 @@ def run(student: dict[str, Any], **work: Any) -> dict[str, Any]:
         models = [lengthy_model(folder / which, seed, student, 96, work["vocabulary"]) for seed, which in enumerate(("student", "teacher"))]
         tokens = _tokens(folder / "data.jsonl", work)
         for method, (ours, theirs) in METHODS.items():
-            sides = {"raysys": _raysys(folder, *models, ours, work), "trl": _trl(folder, *models, theirs, work)}
+            try:
+                sides = {"raysys": _raysys(folder, *models, ours, work), "trl": _trl(folder, *models, theirs, work)}
+            except Failed as error:
+                raise SystemExit(f"vs-trl-data: {error}") from None
             for side in sides.values():
                 steps = side.pop("steps")[work["skip"] :]
                 side |= {"tokens_per_s": tokens / sum(steps), "step_s": statistics.median(steps)}
@@ -66,9 +66,14 @@ def _tokens(path: Path, work: dict[str, Any]) -> int:
 def _raysys(folder: Path, student: Path, teacher: Path, kind: str, work: dict[str, Any]) -> dict[str, Any]:
     path = config(folder, kind, student, teacher, kind, work)
     env = {"RAYSYS_RUNS_DIR": str(folder), "RAYSYS_HOME": str(folder / "home"), "RAY_worker_niceness": "0"}
-    peak = _watched([sys.executable, str(ROOT / "jobs" / "hpd.py"), "--config", str(path)], env, folder / f"{kind}.log", work["deadline"])
+    command = [sys.executable, str(ROOT / "jobs" / "hpd.py"), "--config", str(path)]
+    wall, peak = watched("raysys", command, env, folder / f"{kind}.log", work["deadline"])
     records = [json.loads(line) for line in (folder / kind / "metrics.jsonl").read_text().splitlines()]
-    return {"steps": [record["seconds"]["total"] for record in records], "loss": [record["loss"] for record in records], **peak}
+    return {
+        "steps": [record["seconds"]["total"] for record in records],
+        "loss": [record["loss"] for record in records],
+        **_side(wall, peak),
+    }
 
 
 def _trl(folder: Path, student: Path, teacher: Path, method: str, work: dict[str, Any]) -> dict[str, Any]:
@@ -81,28 +86,15 @@ def _trl(folder: Path, student: Path, teacher: Path, method: str, work: dict[str
         "folder": str(folder / method),
     }
     keys = ("batch", "micro_rows", "steps", "length", "threads", "packing")
-    asked.write_text(json.dumps(named | {key: work[key] for key in keys} | {"learning_rate": 1e-5}))
-    command = [str(peer()), str(Path(__file__).with_name("trl_peer_data.py")), str(asked), str(out)]
-    peak = _watched(command, {"OMP_NUM_THREADS": str(work["threads"])}, folder / f"{method}.log", work["deadline"])
+    asked.write_text(json.dumps(named | {key: work[key] for key in keys} | {"learning_rate": 1e-5, "weight_decay": 0.01}))
+    command = [str(peer()), str(Path(__file__).with_name("trl_peer.py")), str(asked), str(out)]
+    wall, peak = watched("TRL", command, {"OMP_NUM_THREADS": str(work["threads"])}, folder / f"{method}.log", work["deadline"])
     found = json.loads(out.read_text())
-    return {"steps": found["step_s"], "loss": found["loss"], "version": found["version"], **peak}
+    return {"steps": found["step_s"], "loss": found["loss"], "version": found["version"], **_side(wall, peak)}
 
 
-def _watched(command: list[str], environment: dict[str, str], log: Path, deadline: float) -> dict[str, Any]:
-    base = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    began = time.monotonic()
-    with open(log, "w") as output:
-        process = subprocess.Popen(command, env=base | environment, cwd=log.parent, stdout=output, stderr=output)
-    try:
-        with peak_memory(process.pid) as peak:
-            code = process.wait(deadline)
-    except subprocess.TimeoutExpired:
-        raise SystemExit(f"vs-trl-data: {command[1]} did not end within {deadline:g} s (deadline)") from None
-    finally:
-        end(process)
-    if code:
-        raise SystemExit(f"vs-trl-data: {command[1]} ended with {code}: {log.read_text().strip().splitlines()[-1:]}")
-    return {"peak_mib": peak["pss"], "peak_by_process": peak["by_process"], "wall_s": time.monotonic() - began}
+def _side(wall: float, peak: dict[str, Any]) -> dict[str, Any]:
+    return {"peak_mib": peak["pss"], "peak_by_process": peak["by_process"], "wall_s": wall}
 
 
 def table(figures: dict[str, Any]) -> list[list[Any]]:
