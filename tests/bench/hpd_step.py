@@ -19,8 +19,26 @@ import numpy as np
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-STUDENT = {"hidden_size": 256, "layers": 6, "heads": 4, "kv_heads": 4, "head_dim": 64, "ffn_size": 768, "context": 512}
-LARGER = {"hidden_size": 512, "layers": 7, "heads": 8, "kv_heads": 8, "head_dim": 64, "ffn_size": 1536, "context": 512}
+STUDENT = {
+    "hidden_size": 256,
+    "layers": 6,
+    "heads": 4,
+    "kv_heads": 4,
+    "head_dim": 64,
+    "ffn_size": 768,
+    "context": 512,
+    "initializer_range": 0.06,
+}
+LARGER = {
+    "hidden_size": 512,
+    "layers": 7,
+    "heads": 8,
+    "kv_heads": 8,
+    "head_dim": 64,
+    "ffn_size": 1536,
+    "context": 512,
+    "initializer_range": 0.045,
+}
 DEFAULTS: dict[str, Any] = {
     "student": STUDENT,
     "teachers": {"own size": STUDENT, "larger": LARGER},

@@ -266,13 +266,14 @@ def lengthy_model(folder: Path, seed: int, sizes: dict[str, Any], mean_tokens: i
     from raysys.config.runs import NewModel
     from raysys.models.scratch import EOS, SPECIALS, new_causal
 
-    weights = new_causal(NewModel(**sizes), folder, seed) / "model.safetensors"
+    spec = NewModel(**sizes)
+    weights = new_causal(spec, folder, seed) / "model.safetensors"
     state, end = load_file(weights), SPECIALS.index(EOS)
     rows, head = ("model.embed_tokens.weight", "lm_head.weight")
     if vocabulary:
         for name in (rows, head):
             dice = torch.Generator().manual_seed(seed)
-            state[name] = torch.randn(vocabulary, state[name].shape[1], generator=dice) * sizes["initializer_range"]
+            state[name] = torch.randn(vocabulary, state[name].shape[1], generator=dice) * spec.initializer_range
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"vocab_size": vocabulary}))
     for name, tensor in state.items():
