@@ -17,13 +17,14 @@ split between ranks (tensor parallel) is not provided.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from raysys.methods.logprobs_blocks import Head, Kept, draw, gradients, normalise
+from raysys.methods.logprobs_blocks import Gradients, Head, Kept, draw, gradients, normalise
 from raysys.methods.tensors import check_chunk, check_ids
 
 
@@ -135,6 +136,55 @@ def draw_logprobs(
     return Drawn(draws, logprobs, entropies)
 
 
+class Surrogate(NamedTuple):
+    """What `surrogate` gives of N positions."""
+
+    value: Tensor
+    """0-d, sum of slope * log-prob; the only one with a gradient."""
+    logprobs: Tensor
+    """[N] or [N, K] as `ids`."""
+    entropy: Tensor
+    """[N] nats; empty unless asked for."""
+
+
+Slope = Callable[[slice, Tensor, Tensor], Tensor]
+"""(positions, their log-probs [n, K], their entropies [n] or empty) to the loss's derivative by each of these log-probs, [n, K]."""
+
+
+def surrogate(
+    hidden: Tensor,
+    unembedding: Tensor,
+    ids: Tensor,
+    slope: Slope,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+    bias: Tensor | None = None,
+    entropy: bool = False,
+) -> Surrogate:
+    """A loss over log-probs that is a sum over positions, with its gradient made in the forward pass.
+
+    As soon as a position's log-probs are known so is the loss's derivative by them, while its logits are still at hand: three matrix
+    products where a backward pass of its own recomputes logits in a fourth. Some positions at a time, so that their logits take no more
+    than 3/4 of the unembedding's bytes (or 64 MiB); beside them there are the gradients, in float32 while they are added up.
+
+    Args:
+        slope: see `Slope`. What it gives is a constant. Positions come in order, each once.
+        hidden, unembedding, ids, temperature, chunk_tokens, bias, entropy: as in `token_logprobs`.
+
+    Returns:
+        `value`, whose backward gives the loss's gradients (once: it may not be called a second time); log-probs and entropy without
+        gradient.
+
+    Raises:
+        ValueError: as `token_logprobs`, or `slope` gives another shape than it got.
+    """
+    _check(hidden, unembedding, ids, temperature, chunk_tokens, bias)
+    value, logprobs, entropies = _apply(
+        hidden, unembedding, bias, _table(ids), slope, float(temperature), chunk_tokens, entropy, kind=_Surrogate
+    )
+    return Surrogate(value, logprobs.reshape(ids.shape), entropies)
+
+
 def draw_tokens(
     hidden: Tensor,
     unembedding: Tensor,
@@ -195,13 +245,67 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None):
         hidden, unembedding, bias, ids, log_z = ctx.saved_tensors
         head = Head(hidden, unembedding, bias, ctx.temperature, ctx.chunk)
-        return *gradients(head, ids, log_z, grad.to(log_z.dtype), ctx.needs_input_grad[:3], ctx.kept), *[None] * 6
+        out = Gradients.room(head, ctx.needs_input_grad[:3])
+        gradients(head, ids, log_z, grad.to(log_z.dtype), ctx.kept, out)
+        return *out.of(head), *[None] * 6
 
 
-def _apply(hidden: Tensor, unembedding: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+class _Surrogate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        unembedding: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        slope: Slope,
+        temperature: float,
+        chunk: int,
+        entropy: bool,
+        backward: bool,
+    ):
+        head = Head(hidden, unembedding, bias, temperature, chunk)
+        parts = head.wholes()
+        out = Gradients.room(head, ctx.needs_input_grad[:3] if backward else (False, False, False), len(parts))
+        logprobs = hidden.new_empty(ids.shape, dtype=head.dtype)
+        entropies, value = logprobs.new_empty(len(ids) if entropy else 0), logprobs.new_zeros(())
+        for rows in parts:
+            part = head.at(rows)
+            kept = Kept.whole(part) if backward else Kept()
+            sums = normalise(part, ids[rows], entropy, False, kept)
+            logprobs[rows] = sums.selected - sums.log_z[:, None]
+            if entropy:
+                entropies[rows] = sums.entropy
+            slopes = _slopes(slope, rows, logprobs[rows], sums.entropy)
+            value += torch.where(slopes != 0, slopes * logprobs[rows], 0.0).sum()
+            if backward:
+                to_hidden = None if out.hidden is None else out.hidden[rows]
+                share = Gradients(to_hidden, out.unembedding, out.bias, out.empty)
+                gradients(part, ids[rows], sums.log_z, slopes, kept, share)
+                out.empty = share.empty
+        ctx.save_for_backward(*out.of(head))
+        ctx.mark_non_differentiable(logprobs, entropies)
+        return value, logprobs, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None):
+        made = ctx.saved_tensors
+        # They are used once, and a second copy of the unembedding's would be a large part of the peak.
+        return *(None if x is None else x.mul_(grad.to(x.dtype)) for x in made), *[None] * 6
+
+
+def _slopes(slope: Slope, rows: slice, logprobs: Tensor, entropy: Tensor) -> Tensor:
+    found = slope(rows, logprobs.clone(), entropy).detach()
+    if found.shape != logprobs.shape:
+        raise ValueError(f"slope must give {list(logprobs.shape)} for these positions, gave {list(found.shape)}")
+    return found.to(logprobs.dtype)
+
+
+def _apply(hidden: Tensor, unembedding: Tensor, bias: Tensor | None, *rest: Any, kind: Any = _TokenLogprobs) -> Any:
     # Only out here is it known whether gradients are on: inside they are off, and `needs_input_grad` does not say.
     backward = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, unembedding, bias))
-    return _TokenLogprobs.apply(hidden, unembedding, bias, *rest, backward)
+    return kind.apply(hidden, unembedding, bias, *rest, backward)
 
 
 def _table(ids: Tensor) -> Tensor:

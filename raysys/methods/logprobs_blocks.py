@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ KEPT_SHARE = 1 / 3
 """Of the bytes of all logits in float32 (float64)."""
 KEPT_FLOOR = 2**26
 """Bytes of blocks that are kept whatever their share."""
+WHOLE_SHARE, WHOLE_FLOOR = 3 / 4, 2**26
+"""Logits of positions whose gradients are made in the forward pass: of the unembedding's bytes, and so many in any case."""
 SLAB = 2**26
 """Kept blocks are allocated at least so many bytes at a time: the C library gives smaller pieces back to itself, not to the system."""
 
@@ -54,6 +56,15 @@ class Head:
 
     def parts(self) -> list[slice]:
         return chunks(len(self.hidden), self.rows)
+
+    def wholes(self) -> list[slice]:
+        """Positions, as evenly split as can be, so many at a time as all their logits may exist at once."""
+        room = max(WHOLE_SHARE * self.unembedding.numel() * self.dtype.itemsize, WHOLE_FLOOR)
+        most = max(1, int(room / (len(self.unembedding) * self.dtype.itemsize)))
+        return chunks(len(self.hidden), math.ceil(len(self.hidden) / math.ceil(len(self.hidden) / most))) if len(self.hidden) else []
+
+    def at(self, rows: slice) -> Head:
+        return replace(self, hidden=self.hidden[rows])
 
     def blocks(self) -> list[tuple[int, int]]:
         """Ranges of the vocabulary, of equal width but the last."""
@@ -95,6 +106,12 @@ class Kept:
         gradient = head.unembedding.nbytes if unembedding_wanted else 0
         share = int(KEPT_SHARE * len(head.hidden) * len(head.unembedding) * head.dtype.itemsize)
         return cls(dtype, 0 if head.hidden.is_cuda or not one else max(gradient, share, KEPT_FLOOR) // one)
+
+    @classmethod
+    def whole(cls, head: Head) -> Kept:
+        """All blocks: for so few positions that their logits may exist at once."""
+        dtype = torch.float32 if head.hidden.dtype == torch.float16 else head.hidden.dtype
+        return cls(dtype, len(head.blocks()))
 
     def room(self, index: int, like: Tensor, width: int) -> Tensor | None:
         """[N, width] to keep this block in, or None."""
@@ -194,47 +211,75 @@ def _invert(shares: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     return found[:, 0], inner[:, 0]
 
 
-def gradients(
-    head: Head, ids: Tensor, log_z: Tensor, grad: Tensor, wanted: tuple[bool, bool, bool], kept: Kept
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, unembedding and bias where wanted, given that of the log-probs `grad` [N, K]. Takes what is `kept`."""
-    to_hidden = torch.zeros_like(head.hidden, dtype=head.dtype) if wanted[0] else None
-    to_unembedding = torch.empty_like(head.unembedding) if wanted[1] else None
-    to_bias = torch.empty_like(head.bias) if head.bias is not None and wanted[2] else None
+@dataclass
+class Gradients:
+    """Where gradients are added up: of hidden [N, D] in the logits' dtype, of unembedding [V, D] and bias [V]; None where not wanted."""
+
+    hidden: Tensor | None
+    unembedding: Tensor | None
+    bias: Tensor | None
+    empty: bool = True
+    """Nothing was added to unembedding and bias yet: what they hold means nothing."""
+
+    @classmethod
+    def room(cls, head: Head, wanted: tuple[bool, bool, bool], passes: int = 1) -> Gradients:
+        """For so many calls of `gradients`, each with some of the positions. Sums of many in a lower precision lose the small ones."""
+        dtype = None if passes == 1 else head.dtype
+        return cls(
+            torch.zeros_like(head.hidden, dtype=head.dtype) if wanted[0] else None,
+            torch.empty_like(head.unembedding, dtype=dtype) if wanted[1] else None,
+            torch.empty_like(head.bias, dtype=dtype) if head.bias is not None and wanted[2] else None,
+        )
+
+    def of(self, head: Head) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """In the dtype of what they are gradients of."""
+        if self.empty:
+            for total in (self.unembedding, self.bias):
+                if total is not None:
+                    total.zero_()
+        dtype = head.hidden.dtype
+        hidden, unembedding, bias = (None if x is None else x.to(dtype) for x in (self.hidden, self.unembedding, self.bias))
+        return hidden, unembedding, bias
+
+
+def gradients(head: Head, ids: Tensor, log_z: Tensor, grad: Tensor, kept: Kept, out: Gradients) -> None:
+    """Adds the gradients to `out`, given that of the log-probs `grad` [N, K]. Takes what is `kept`."""
     states, space, grad = factor(head.hidden), head.space(), grad / head.temperature
     total = grad.sum(1).neg_()
     slope = kernels_for(log_z).slope
     for index, (start, stop, weight, bias) in enumerate(head.factors()):
-        columns = None if to_unembedding is None else _Columns(to_unembedding[start:stop], head.dtype, len(head.parts()) == 1)
-        bias_sum = None if to_bias is None else log_z.new_zeros(stop - start)
+        own = None if out.unembedding is None else out.unembedding[start:stop]
+        columns = None if own is None else _Columns(own, head.dtype, len(head.parts()) == 1, out.empty)
+        bias_sum = None if out.bias is None else log_z.new_zeros(stop - start)
         room, tops = kept.blocks.pop(index, (None, log_z))
         fall = total * (tops - log_z).exp()
         for rows in head.parts():
             if room is not None:
-                rise = add_asked(room[rows].to(head.dtype).mul_(fall[rows, None]), ids[rows], start, grad[rows])
+                made = room[rows].to(head.dtype).mul_(fall[rows, None])
+                rise = add_asked(made, ids[rows], start, grad[rows]).to(states.dtype)
             else:
                 block = Block(product(states[rows], weight.t(), space), bias, head.temperature, ids[rows], start)
                 rise = slope(block, log_z[rows], grad[rows], total[rows], states.dtype)
-            if to_hidden is not None:
-                _add_product(to_hidden[rows], rise, weight)
+            if out.hidden is not None:
+                _add_product(out.hidden[rows], rise, weight)
             if columns is not None:
                 columns.add(rise.t(), states[rows])
             if bias_sum is not None:
                 bias_sum += rise.sum(0, dtype=bias_sum.dtype)
         if columns is not None:
             columns.close()
-        if to_bias is not None and bias_sum is not None:
-            to_bias[start:stop] = bias_sum
-    return None if to_hidden is None else to_hidden.to(head.hidden.dtype), to_unembedding, to_bias
+        if out.bias is not None and bias_sum is not None:
+            out.bias[start:stop] = bias_sum if out.empty else out.bias[start:stop] + bias_sum
+    out.empty = False
 
 
 class _Columns:
     """Sum of products in `target` [w, D]; beside it in `dtype` where the target's own is lower and more than one product is added."""
 
-    def __init__(self, target: Tensor, dtype: torch.dtype, one: bool) -> None:
+    def __init__(self, target: Tensor, dtype: torch.dtype, one: bool, empty: bool) -> None:
         direct = target.dtype == dtype or (one and target.is_cuda)
         self._target, self._sum = target, target if direct else torch.empty_like(target, dtype=dtype)
-        self._empty = True
+        self._empty = empty
 
     def add(self, left: Tensor, right: Tensor) -> None:
         if self._empty and left.dtype == self._sum.dtype:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from raysys.errors import ConfigError
-from raysys.methods.logprobs import draw_tokens, token_logprobs
+from raysys.methods.logprobs import Slope, draw_tokens, surrogate, token_logprobs
 from raysys.models import packing
 from raysys.models.microbatch import response_positions
 
@@ -42,15 +42,18 @@ class LogProbHead(nn.Linear):
         chunk_tokens: int = 1024,
         entropy: bool = False,
         uniform: Tensor | None = None,
+        slope: Slope | None = None,
     ) -> Any:
         """`input` [..., D] without ids: logits. [n, D] with ids [n] or [n, K]: as `raysys.methods.logprobs.token_logprobs`; with `uniform`
-        [n]: as `draw_tokens` there."""
+        [n] as `draw_tokens`, with `slope` as `surrogate` there."""
         if ids is None:
             return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
             weight, bias = self._shared()
             if uniform is not None:
                 return draw_tokens(input, weight, uniform, temperature, chunk_tokens, bias)
+            if slope is not None:
+                return tuple(surrogate(input, weight, ids, slope, temperature, chunk_tokens, bias, entropy))
             return token_logprobs(input, weight, ids, temperature, chunk_tokens, bias, entropy)
 
     def _shared(self) -> tuple[Tensor, Tensor | None]:
@@ -137,6 +140,7 @@ def response_logprobs(
     query_ids: Tensor | None = None,
     entropy: bool = False,
     uniform: Tensor | None = None,
+    slope: Slope | None = None,
 ) -> Any:
     """Log-probs in nats of response tokens, row after row. No row sees another.
 
@@ -151,9 +155,11 @@ def response_logprobs(
         query_ids: [n, K] (or [n]) ids to score instead of the responses' own, n = response_lengths.sum().
         entropy: also give [n] entropies in nats, without gradient.
         uniform: [n] float64 in [0, 1): draw one id at each position instead of scoring any.
+        slope: a loss's derivative by the log-probs of some of the n tokens, where it is a sum over them.
 
     Returns:
-        [n] ([n, K] with such query_ids) float32 or float64, or that and the entropies; with `uniform` ids and log-probs [n] of the draws.
+        [n] ([n, K] with such query_ids) float32 or float64, or that and the entropies; with `uniform` ids and log-probs [n] of the draws;
+        with `slope` what `raysys.methods.logprobs.surrogate` gives, as a plain tuple.
 
     Raises:
         ValueError: shapes or lengths do not fit together.
@@ -167,6 +173,7 @@ def response_logprobs(
         query_ids=query_ids,
         entropy=entropy,
         uniform=uniform,
+        slope=slope,
     )
 
 
@@ -180,6 +187,7 @@ def _responses(
     query_ids: Tensor | None,
     entropy: bool,
     uniform: Tensor | None,
+    slope: Slope | None,
 ) -> Any:
     prompts, responses = prompt_lengths.cpu().numpy(), response_lengths.cpu().numpy()
     _check_lengths(input_ids, prompts, responses)
@@ -188,7 +196,7 @@ def _responses(
     if len(ids) != len(targets):
         raise ValueError(f"query_ids must have {len(targets)} rows, one a response token, got {list(ids.shape)}")
     states = _hidden_states(model, input_ids, prompts + responses)
-    return model.get_output_embeddings()(states.index_select(0, targets - 1), ids, temperature, chunk_tokens, entropy, uniform)
+    return model.get_output_embeddings()(states.index_select(0, targets - 1), ids, temperature, chunk_tokens, entropy, uniform, slope)
 
 
 def _hidden_states(model: Any, input_ids: Tensor, lengths: np.ndarray) -> Tensor:

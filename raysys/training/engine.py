@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import deepspeed
@@ -24,7 +24,7 @@ from raysys.errors import ConfigError, NumericsError
 from raysys.models.causal import load_causal, response_logprobs
 from raysys.training.hybrid import uniforms
 from raysys.training.meter import Meter
-from raysys.training.objectives import Outputs
+from raysys.training.micro import MicroBatch
 from raysys.training.rows import Inputs, Rows
 from raysys.training.schedule import learning_rate
 from raysys.training.spec import Share, Tally, TrainerSpec
@@ -108,33 +108,34 @@ class Engine:
         meter = Meter()
         for index, pack in enumerate(packs):
             inputs = rows.inputs(pack)
-            micro = None if inputs.dummy else rows.micro(pack)
-            outputs = self._outputs(inputs, None if old is None else [old[int(row)] for row in pack], micro.columns if micro else {})
-            if micro is None:
-                loss, part = outputs.logprobs.sum(), 0.0
+            if inputs.dummy:
+                loss, target, part = torch.zeros(()), self._forward(inputs).sum(), 0.0
             else:
-                loss, metrics = self.spec.objective.loss(outputs, micro)
+                before = None if old is None else torch.from_numpy(np.concatenate([old[int(row)] for row in pack])).to(self.device)
+                target, loss, metrics = self._loss(MicroBatch(self.spec.objective, inputs, rows.micro(pack), before))
                 tokens = int(rows.responses[pack].sum())
                 part = tokens / share.tokens
                 if self.spec.objective.weighting == "sequence":
                     part = len(pack) / share.sequences
-                meter.part("loss", loss.detach() * (part * weight))
-                meter.add({"entropy": (outputs.entropy.sum(), outputs.mask.sum()), **metrics}, tokens)
-            losses.append(loss.detach())
+                meter.part("loss", loss * (part * weight))
+                meter.add(metrics, tokens)
+            losses.append(loss)
             self.engine.set_gradient_accumulation_boundary(index + 1 == len(packs))
-            self.engine.backward(loss * (part * self.world), scale_wrt_gas=False)
+            self.engine.backward(target * (part * self.world), scale_wrt_gas=False)
         self._check_losses(losses, packs, rows)
         meter.read(tally)
 
-    def _outputs(self, inputs: Inputs, old: list[np.ndarray] | None, columns: Mapping[str, Tensor]) -> Outputs:
-        asks = () if inputs.dummy else self.spec.objective.asks
-        queries = torch.stack([inputs.responses, *(columns[name][inputs.mask].long() for name in asks)], 1) if asks else None
-        flat, entropy = self._forward(inputs, query_ids=queries, entropy=True)
-        asked = {name: inputs.padded(flat[:, 1 + place]) for place, name in enumerate(asks)}
-        flat = flat[:, 0] if asks else flat
-        before = None if old is None or not old else torch.from_numpy(np.concatenate(old)).to(self.device)
-        before = None if before is None else inputs.padded(before)
-        return Outputs(inputs.padded(flat), inputs.padded(entropy.detach()), inputs.mask, before, asked)
+    def _loss(self, micro: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """What to back-propagate, the loss and metrics. Where the loss is a sum over tokens its gradient is made on the way."""
+        objective, asked = self.spec.objective, {"query_ids": micro.queries, "entropy": True}
+        if micro.separable:
+            target, logprobs, entropy = self._forward(micro.inputs, **asked, slope=micro.slope)
+        else:
+            target, (logprobs, entropy) = None, self._forward(micro.inputs, **asked)
+        outputs = micro.outputs(logprobs, entropy.detach())
+        loss, metrics = objective.loss(outputs, micro.micro)
+        metrics = {"entropy": (outputs.entropy.sum(), outputs.mask.sum()), **metrics}
+        return loss if target is None else target, loss.detach(), metrics
 
     def _forward(self, inputs: Inputs, **asked: Any) -> Any:
         return response_logprobs(

@@ -1,7 +1,8 @@
 """The fused log-probs against the plain form (logits, log_softmax, gather, backward) at a real vocabulary.
 
-Forms: `score`, log-probs of one id a position without gradient; `sft`, the same with gradients of hidden and unembedding; `hpd`, one draw a
-position, then log-probs of it and of one more id, with gradients. The plain form draws with torch.multinomial from float32 probabilities.
+Forms: `score`, log-probs of one id a position without gradient; `sft`, the same with gradients of hidden and unembedding, made in the
+forward pass as a training step does; `autograd`, the same with a backward pass of its own; `hpd`, one draw a position, then log-probs of it
+and of one more id, with a backward pass. The plain form draws with torch.multinomial from float32 probabilities.
 On a GPU with liger-kernel installed its fused linear cross-entropy stands beside `sft`.
 
 Time: the sides alternate in one process, medians over the repeats; beside the wall clock the ratio of processor time, which other work on a
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raysys.methods.logprobs import draw_logprobs, token_logprobs
+from raysys.methods.logprobs import draw_logprobs, surrogate, token_logprobs
 
 DEFAULTS: dict[str, Any] = {
     "tokens": None,
@@ -138,6 +139,8 @@ def _once(side: str, inputs: Inputs, size: dict[str, Any]) -> Tensor:
             from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
 
             out = -LigerFusedLinearCrossEntropyLoss()(unembedding, hidden, ids)[None]
+        elif side == "fused" and size["form"] == "sft":
+            return _in_forward(inputs, size)[:, 0]
         else:
             out = (_plain if side == "plain" else _fused)(inputs, size)
     if out.requires_grad:
@@ -159,6 +162,15 @@ def _fused(inputs: Inputs, size: dict[str, Any]) -> Tensor:
     if size["form"] == "hpd":
         return draw_logprobs(hidden, unembedding, ids, uniform, chunk_tokens=size["chunk_tokens"]).logprobs
     return token_logprobs(hidden, unembedding, ids, chunk_tokens=size["chunk_tokens"])[:, None]
+
+
+def _in_forward(inputs: Inputs, size: dict[str, Any]) -> Tensor:
+    """Gradients and log-probs, for the same derivatives that the other sides' backward passes start from."""
+    hidden, unembedding, ids, _ = inputs
+    slopes = torch.linspace(-1, 1, len(ids), device=ids.device)
+    made = surrogate(hidden, unembedding, ids, lambda rows, *_: slopes[rows, None], chunk_tokens=size["chunk_tokens"])
+    made.value.backward()
+    return made.logprobs[:, None]
 
 
 def _liger_runs(size: dict[str, Any]) -> bool:
