@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 LOGITS_BLOCK = 2**26
 """Logits that exist at once on a GPU, at most (`methods/logprobs.py`)."""
+LOGITS_SHARE, LOGITS_FLOOR = 0.75, 2.0**26
+"""Logits whose gradients are made at once: of the unembedding's bytes in float32, and so many bytes in any case (`methods/logprobs.py`)."""
 ENGINE = 2.0 * GIB
 """An engine's CUDA context, graphs and workspaces."""
 PROCESS = 1.0 * GIB
@@ -177,7 +179,7 @@ def trainer_place(trainer: Trainer, shape: Shape, bucket_bytes: int, device: Dev
         "gradients": width * count / (ranks if stage >= 2 else 1),
         "optimiser": 0.0 if trainer.offload_optimizer else states,
         "activations": activation_bytes(shape, trainer.micro_batch_tokens, width, trainer.activation_checkpointing),
-        "logits": logits_bytes(shape, trainer.micro_batch_tokens, trainer.chunk_tokens),
+        "logits": trained_logits_bytes(shape, trainer.micro_batch_tokens, mixed),
         "gathered": 2.0 * width * shape.largest_module if stage == 3 else 0.0,
         "bucket": float(min(bucket_bytes, width * count)),
         "process": PROCESS,
@@ -192,14 +194,19 @@ def trainer_place(trainer: Trainer, shape: Shape, bucket_bytes: int, device: Dev
 def scorer_place(frozen: Sequence[Shape], scoring: Scoring, device: Device) -> Place:
     """Every rank holds all frozen models (each folder once) and scores with one at a time."""
     tokens = scoring.micro_batch_tokens
+    weights = float(device.width * sum(shape.parameters for shape in frozen))
+    notes = [f"{len(frozen)} frozen model(s) a rank"]
+    if scoring.offload:
+        notes.append(f"in host memory: {_amount(weights)} a rank")
+        weights = 2.0 * device.width * max(shape.largest_module for shape in frozen)
     parts = {
-        "weights": float(device.width * sum(shape.parameters for shape in frozen)),
+        "weights": weights,
         "activations": float(max(tokens * (4 * shape.hidden + 3 * shape.ffn) * device.width for shape in frozen)),
         "logits": max(logits_bytes(shape, tokens, scoring.chunk_tokens) for shape in frozen),
         "process": PROCESS,
     }
-    remedy = "lower scoring.micro_batch_tokens, or use fewer or smaller teachers"
-    return Place("scorer", scoring.ranks, 1, parts, [f"{len(frozen)} frozen model(s) a rank"], remedy)
+    remedy = "lower scoring.micro_batch_tokens, set scoring.offload, or use fewer or smaller teachers"
+    return Place("scorer", scoring.ranks, 1, parts, notes, remedy)
 
 
 def _together(host: Place, lodger: Place) -> Place:
@@ -246,6 +253,15 @@ def logits_bytes(shape: Shape, tokens: int, chunk_tokens: int) -> float:
     """One block of logits and its copy in float32, and two float32 `[tokens, hidden]`: never `[tokens, vocabulary]`."""
     block = min(min(tokens, chunk_tokens) * shape.vocabulary, LOGITS_BLOCK)
     return 4.0 * (2 * block + 2 * tokens * shape.hidden)
+
+
+def trained_logits_bytes(shape: Shape, tokens: int, mixed: bool) -> float:
+    """Logits of the positions whose gradients are made at once, float32 `[tokens, hidden]`, and room to add the unembedding's gradient up in
+    float32 if it comes in parts and is of lower precision."""
+    unembedding = 4.0 * shape.vocabulary * shape.hidden
+    everything = 4.0 * tokens * shape.vocabulary
+    at_once = min(everything, max(LOGITS_SHARE * unembedding, LOGITS_FLOOR))
+    return at_once + 4.0 * tokens * shape.hidden + (unembedding if mixed and at_once < everything else 0.0)
 
 
 def bounds(shape: Shape, rollout: Rollout, trainer: Trainer, length: int, device: Device) -> dict[str, float]:

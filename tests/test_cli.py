@@ -9,6 +9,7 @@ import pytest
 from raysys import cli, doctor, plan
 from raysys.config.parts import Rollout, Scoring, Trainer
 from raysys.config.runs import GopdConfig, NewModel
+from raysys.methods import logprobs_blocks
 from raysys.models.shape import Shape, new_shape, shape_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / "jobs" / "configs"
@@ -106,6 +107,15 @@ def test_logits_never_grow_with_the_tokens_of_a_batch() -> None:
     assert grown == 4 * 2 * 50_000 * 64
 
 
+def test_logits_of_a_training_step_are_no_more_than_the_head() -> None:
+    wide = shape(vocabulary=151936)
+    head = 4 * 151936 * 64
+    few, many = plan.trained_logits_bytes(wide, 10, True), plan.trained_logits_bytes(wide, 100_000, True)
+    assert few == 4 * 10 * (151936 + 64) and many == 2**26 + 4 * 100_000 * 64 + head
+    assert many - plan.trained_logits_bytes(wide, 100_000, False) == head
+    assert (plan.LOGITS_SHARE, plan.LOGITS_FLOOR) == (logprobs_blocks.WHOLE_SHARE, logprobs_blocks.WHOLE_FLOOR)
+
+
 def test_kv_cache_takes_what_is_left_and_splits_over_ranks() -> None:
     device = plan.Device("gpu", 10.0 * plan.GIB)
     one = plan.rollout_place(Rollout(gpu_memory_utilization=0.5, max_batched_tokens=1), shape(), 1000, device)
@@ -125,6 +135,8 @@ def test_a_scorer_holds_each_frozen_model_once() -> None:
     shared = GopdConfig.load(CONFIGS / "gopd" / "paper.yaml", ["reference=Keven16/Qwen3-4B-Non-Thinking-RL-Math-Step500"])
     scorer = plan.estimate(shared, GPU).places[1]
     assert scorer.parts["weights"] == 2 * 2 * 4_022_468_096
+    offloaded = plan.scorer_place([shape(), shape(2_000_000)], Scoring(offload=True), GPU)
+    assert offloaded.parts["weights"] < place.parts["weights"] and "in host memory: 5.7 MiB a rank" in offloaded.notes
 
 
 # -- what is said

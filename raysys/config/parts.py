@@ -133,6 +133,9 @@ class Scoring(Config):
     """colocated: each scorer lives on the GPU of a trainer rank, and works while that waits for it; only where data are the source."""
     ranks: PositiveInt = placed(1)
     """Scorer actors; each holds all frozen models and takes a share of the rows."""
+    offload: bool = placed(False)
+    """Keep the frozen weights in host memory and bring a layer at a time to the GPU (ZeRO-3 with parameter offload): slower, for teachers
+    that do not fit."""
     retries: NonNegativeInt = placed(2)
     """How often a scorer that died or hung is replaced in one step."""
     micro_batch_tokens: PositiveInt = placed(16384)

@@ -90,6 +90,7 @@ class ScorerGroup:
             chunk_tokens=config.chunk_tokens,
             threads=config.threads,
             vocabulary=vocabulary,
+            offload=config.offload,
         )
         self._placement: PlacementGroup | None = None
         self._workers: list[Any] = []

@@ -5,6 +5,7 @@ Legend: B rows, n response tokens of one row, K ids asked for at each.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class ScorerSpec:
     threads: int
     vocabulary: int | None = None
     """First ids that probabilities are over; None: all."""
+    offload: bool = False
+    """Weights in host memory, a layer at a time on the device."""
 
     @property
     def folders(self) -> list[str]:
@@ -60,15 +63,17 @@ class ScorerWorker:
         import torch
         from transformers import AutoTokenizer
 
-        from raysys.models.causal import load_causal
+        if self.spec.offload:
+            from raysys.scoring.offload import load_offloaded as load
+        else:
+            from raysys.models.causal import load_causal as load
 
         torch.set_num_threads(self.spec.threads)
         device = "cuda" if self.spec.device == "gpu" else "cpu"
-        self._models = {
-            folder: load_causal(folder, self.spec.dtype, device, vocabulary=self.spec.vocabulary) for folder in self.spec.folders
-        }
+        self._models = {folder: load(folder, self.spec.dtype, device, vocabulary=self.spec.vocabulary) for folder in self.spec.folders}
         self._tokenizer = AutoTokenizer.from_pretrained(self.spec.tokenizer)
-        parameters = {folder: sum(p.numel() for p in model.parameters()) for folder, model in self._models.items()}
+        sizes = {folder: [_shape(weight) for weight in model.parameters()] for folder, model in self._models.items()}
+        parameters = {folder: sum(map(math.prod, shapes)) for folder, shapes in sizes.items()}
         return {"parameters": parameters, "pid": os.getpid()}
 
     def score(self, batch: Batch, queries: Ragged | None = None) -> Batch:
@@ -175,7 +180,7 @@ class ScorerWorker:
         return [piece.ravel() for piece in np.split(found, np.cumsum(counts)[:-1])]
 
     def _check_ids(self, folder: str, model: Any, prompts: list[Any], ids: np.ndarray, query: np.ndarray | None) -> None:
-        size = model.get_input_embeddings().weight.shape[0]
+        size = _shape(model.get_input_embeddings().weight)[0]
         highest = max(int(ids.max(initial=0)), 0 if query is None else int(query.max(initial=0)))
         if highest >= size:
             raise DataError(
@@ -194,3 +199,8 @@ class ScorerWorker:
         metadata = batch.strings("metadata") if "metadata" in batch else [""] * len(batch)
         rows = zip(batch.strings("verifier"), texts, answers, metadata, strict=True)
         return np.array([score(*row) for row in rows], dtype=np.float32)
+
+
+def _shape(weight: Any) -> tuple[int, ...]:
+    """Of the whole tensor, also where it is elsewhere for the moment."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
