@@ -256,7 +256,7 @@ def logits_bytes(shape: Shape, tokens: int, chunk_tokens: int) -> float:
 
 
 def trained_logits_bytes(shape: Shape, tokens: int, mixed: bool) -> float:
-    """Logits of the positions whose gradients are made at once, float32 `[tokens, hidden]`, and room to add the unembedding's gradient up in
+    """Logits of positions whose gradients are made at once, float32 `[tokens, hidden]`, and room to add the unembedding's gradient up in
     float32 if it comes in parts and is of lower precision."""
     unembedding = 4.0 * shape.vocabulary * shape.hidden
     everything = 4.0 * tokens * shape.vocabulary
