@@ -14,6 +14,8 @@ Legend: B rows, R longest response of the batch, n tokens of one row.
 | rollout_logprobs | list<float32> of the sampled ids | rollout |
 | version_spans | list<int32>, flat pairs (first token, version) | rollout |
 | stop_reason | string: "stop" or "length" | rollout |
+| runs | list<int32>, of episodes: the generation that a response token is of, -1 for what the environment said | rollout |
+| episode | string, of episodes: JSON of what happened at each turn | rollout |
 | teacher_logprobs, reference_logprobs | list<float32> | scoring |
 | query_ids | list<int32>, K a response token: what was scored in place of the response's ids | scoring |
 | draw_ids, teacher_draw_logprobs | list<int32>, list<float32>: draws from the student, the teacher's log-probs of them | trainer |
@@ -45,6 +47,8 @@ SCHEMA: dict[str, pa.DataType] = {
     "rollout_logprobs": pa.list_(pa.float32()),
     "version_spans": pa.list_(pa.int32()),
     "stop_reason": pa.string(),
+    "runs": pa.list_(pa.int32()),
+    "episode": pa.string(),
     "teacher_logprobs": pa.list_(pa.float32()),
     "reference_logprobs": pa.list_(pa.float32()),
     "query_ids": pa.list_(pa.int32()),

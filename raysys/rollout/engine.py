@@ -37,7 +37,7 @@ def engine_arguments(spec: RolloutSpec) -> dict[str, Any]:
         "tensor_parallel_size": config.tensor_parallel,
         "enable_prefix_caching": config.prefix_caching,
         "enforce_eager": cpu if config.enforce_eager is None else config.enforce_eager,
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": spec.episodes is None,  # stop strings are found in text
         "disable_log_stats": True,
         "generation_config": "vllm",  # a folder's own top-k or temperature must not shape rollouts
         "seed": 0,

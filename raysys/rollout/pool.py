@@ -31,6 +31,7 @@ from raysys.runtime import get, waiting
 log = logging.getLogger(__name__)
 
 _SENT = ("prompt_id", "sample", "prompt_ids")
+_SENT_FOR_EPISODES = (*_SENT, "metadata")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class RolloutPool:
     ):
         self._deadlines = deadlines
         self._fewest = config.fewest
+        self._sent = _SENT if spec.episodes is None else _SENT_FOR_EPISODES
         self._books = Dispatcher(config.retries)
         self._asked: dict[int, _Asked] = {}
         self._lengths: dict[str, float] = {}
@@ -364,5 +366,7 @@ class RolloutPool:
                 sets.setdefault((id(asked.prompts), asked.sampling), []).append(number)
             for (_, sampling), numbers in sets.items():
                 first = self._asked[numbers[0]].prompts
-                rows = Batch(first.table.select(list(_SENT))).take([self._asked[number].row for number in numbers])
+                rows = Batch(first.table.select([name for name in self._sent if name in first])).take(
+                    [self._asked[number].row for number in numbers]
+                )
                 member.handle.submit.remote(rows, numbers, sampling, self.version)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from raysys.batch import Batch
 from raysys.errors import DataError, InfrastructureError
-from raysys.rollout.spec import RESPONSE_COLUMNS
+from raysys.rollout.spec import RESPONSE_COLUMNS, response_columns
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class Result:
 
 def attach(prompts: Batch, results: Sequence[Result]) -> Batch:
     """Each row with its response columns. Raises DataError or InfrastructureError for the first row that has none."""
-    sources: list[Batch] = [Batch.from_columns(**{name: [] for name in RESPONSE_COLUMNS})]
+    first = next((result.rows for result in results if result.rows is not None), None)
+    names = RESPONSE_COLUMNS if first is None else response_columns(first)
+    sources: list[Batch] = [Batch.from_columns(**{name: [] for name in names})]
     starts: dict[int, int] = {}
     rows = 0
     for row, result in enumerate(results):
@@ -37,4 +39,4 @@ def attach(prompts: Batch, results: Sequence[Result]) -> Batch:
             rows += len(result.rows)
             sources.append(result.rows)
     responses = Batch.concat(sources).take([starts[id(result.rows)] + result.row for result in results])
-    return prompts.with_columns(**{name: responses.table.column(name) for name in RESPONSE_COLUMNS})
+    return prompts.with_columns(**{name: responses.table.column(name) for name in names})

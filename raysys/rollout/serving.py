@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,51 @@ class Response:
     logprobs: list[float]
     spans: list[int]
     reason: str
+    runs: list[int] | None = None
+    """Of an episode: see `raysys.rollout.episodes`."""
+    record: str = ""
+    """Of an episode, what happened: JSON."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as a worker gets it. `metadata` is the row's, for environments."""
+
+    ids: np.ndarray
+    prompt_id: str
+    metadata: str = ""
+
+
+class Seat:
+    """A place in the engine, taken while this is entered but for the times that its holder is `away`."""
+
+    def __init__(self, seats: asyncio.Semaphore, count: Callable[[int], None]):
+        self._seats, self._count, self._taken = seats, count, False
+
+    async def __aenter__(self) -> Seat:
+        await self._take()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._give()
+
+    @contextlib.asynccontextmanager
+    async def away(self) -> AsyncIterator[None]:
+        """Others may have it meanwhile; on the way back it is waited for."""
+        self._give()
+        yield
+        await self._take()
+
+    async def _take(self) -> None:
+        await self._seats.acquire()
+        self._taken = True
+        self._count(1)
+
+    def _give(self) -> None:
+        if self._taken:
+            self._taken = False
+            self._count(-1)
+            self._seats.release()
 
 
 class Serving:
@@ -47,6 +94,10 @@ class Serving:
         """One sample. Raises InfrastructureError (another worker may succeed) or another RaysysError (the row's own fault)."""
         raise NotImplementedError
 
+    async def play(self, asked: Asked, sampling: Sampling, seed: int, seat: Seat) -> Response:
+        """One sample, of one turn where a subclass knows no others. `seat` may be given up while the engine has nothing to do for it."""
+        return await self.respond(asked.ids, sampling, seed)
+
     async def alive(self) -> None:
         """Returns if the engine answers."""
 
@@ -57,16 +108,21 @@ class Serving:
     # -- what the pool calls
 
     async def submit(self, rows: Batch, tickets: list[int], sampling: Sampling, version: int) -> None:
-        """Takes prompts (`prompt_id`, `sample`, `prompt_ids`) to sample with weights of `version` or newer; results come by `collect`."""
+        """Takes prompts (`prompt_id`, `sample`, `prompt_ids`, for episodes `metadata`) to sample with weights of `version` or newer.
+
+        Results come by `collect`.
+        """
         refusal = self.refusal(version)
         if refusal:
             self._failed += [Failure(ticket, refusal, retry=True) for ticket in tickets]
             self._news.set()
             return
-        prompts = zip(tickets, rows.ragged("prompt_ids").rows(), rows.strings("prompt_id"), rows.numbers("sample"), strict=True)
+        facts = rows.strings("metadata") if "metadata" in rows else [""] * len(rows)
+        prompts = zip(tickets, rows.ragged("prompt_ids").rows(), rows.strings("prompt_id"), rows.numbers("sample"), facts, strict=True)
         self._empty.clear()
-        for ticket, ids, prompt, sample in prompts:
-            task = asyncio.create_task(self._serve(ticket, ids, sampling, sampling.seed_of(prompt, int(sample))))
+        for ticket, ids, prompt, sample, metadata in prompts:
+            asked, seed = Asked(ids, prompt, metadata), sampling.seed_of(prompt, int(sample))
+            task = asyncio.create_task(self._serve(ticket, asked, sampling, seed))
             self._tasks[ticket] = task
             task.add_done_callback(functools.partial(self._ended, ticket))
 
@@ -110,14 +166,10 @@ class Serving:
         except RaysysError as error:
             self._broken = self._broken or error.message
 
-    async def _serve(self, ticket: int, ids: np.ndarray, sampling: Sampling, seed: int) -> None:
+    async def _serve(self, ticket: int, asked: Asked, sampling: Sampling, seed: int) -> None:
         try:
-            async with self._seats:
-                self._count(1)
-                try:
-                    response = await self.respond(ids, sampling, seed)
-                finally:
-                    self._count(-1)
+            async with Seat(self._seats, self._count) as seat:
+                response = await self.play(asked, sampling, seed, seat)
             self._tokens += len(response.ids)
             self._done.append((ticket, response))
         except RaysysError as error:
@@ -142,11 +194,16 @@ class Serving:
 
 
 def _columns(responses: list[Response]) -> Batch:
+    episodes: dict[str, Any] = {}
+    if responses[0].runs is not None:
+        runs = [one.runs if one.runs is not None else [0] * len(one.ids) for one in responses]
+        episodes = {"runs": Ragged.of(runs, np.int32), "episode": [one.record for one in responses]}
     return Batch.from_columns(
         response_ids=Ragged.of([one.ids for one in responses], np.int32),
         rollout_logprobs=Ragged.of([one.logprobs for one in responses], np.float32),
         version_spans=Ragged.of([one.spans for one in responses], np.int32),
         stop_reason=[one.reason for one in responses],
+        **episodes,
     )
 
 

@@ -17,7 +17,7 @@ from raysys.batch import Batch
 from raysys.errors import DataError, InfrastructureError
 from raysys.rollout.pool import RolloutPool
 from raysys.rollout.results import Result, attach
-from raysys.rollout.spec import RESPONSE_COLUMNS, Sampling
+from raysys.rollout.spec import RESPONSE_COLUMNS, Sampling, response_columns
 
 
 class Prompts(Protocol):
@@ -120,11 +120,13 @@ class OnPolicySource:
         if not groups:
             return None
         finished = [(group, row) for _, group in sorted(self._groups.items()) for row in range(len(group.prompts))]
-        columns: dict[str, list[Any]] = {name: [] for name in RESPONSE_COLUMNS}
+        some = next((result.rows for group, _ in finished for result in group.results.values() if result.rows is not None), None)
+        names = RESPONSE_COLUMNS if some is None else response_columns(some)
+        columns: dict[str, list[Any]] = {name: [] for name in names}
         for group, row in finished:
             result = group.results.get(row)
             values = result.rows.table.slice(result.row, 1).to_pylist()[0] if result is not None and result.rows is not None else {}
-            for name in RESPONSE_COLUMNS:
+            for name in names:
                 columns[name].append(values.get(name))
         return Batch.concat(groups).with_columns(**columns)
 
@@ -139,10 +141,11 @@ class OnPolicySource:
             return
         ids = np.array(backlog.strings("prompt_id"))
         starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]])
-        prompts = Batch(backlog.table.drop_columns(list(RESPONSE_COLUMNS)))
+        names = list(response_columns(backlog))
+        prompts = Batch(backlog.table.drop_columns(names))
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             group = self._admit(prompts.slice(int(start), int(end - start)), version)
-            rows = Batch(backlog.table.slice(int(start), int(end - start)).select(list(RESPONSE_COLUMNS)))
+            rows = Batch(backlog.table.slice(int(start), int(end - start)).select(names))
             for row, reason in enumerate(rows.table.column("stop_reason").to_pylist()):
                 if reason is not None:
                     group.results[row] = Result(-1, rows, row)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from raysys.batch import Batch, Bucket
 from raysys.config.parts import Rollout
+from raysys.rollout.environment import EpisodeSpec
 
 Manifest = dict[str, tuple[tuple[int, ...], str]]
 """Hugging Face name to (shape, torch dtype name)."""
@@ -41,6 +42,8 @@ class RolloutSpec:
     receiver: type[Receiver] | None = None
     sleeps: bool = False
     """The engine shares its GPU and must be able to give it up."""
+    episodes: EpisodeSpec | None = None
+    """Samples are episodes of several turns; None: of one."""
     log_dir: str | None = None
     """Folder for the engine's own chatter (`rollout-<rank>.log`); None leaves it in Ray's worker log."""
 
@@ -90,3 +93,10 @@ class Harvest:
 
 RESPONSE_COLUMNS = ("response_ids", "rollout_logprobs", "version_spans", "stop_reason")
 """What a worker adds to a row."""
+EPISODE_COLUMNS = ("runs", "episode")
+"""And to one that is an episode."""
+
+
+def response_columns(rows: Batch) -> tuple[str, ...]:
+    """Those that these rows have."""
+    return tuple(name for name in (*RESPONSE_COLUMNS, *EPISODE_COLUMNS) if name in rows)

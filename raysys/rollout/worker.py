@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from raysys import memory
 from raysys.batch import Bucket
 from raysys.errors import DataError, InfrastructureError, RaysysError, WeightSyncError
 from raysys.rollout.engine import chatter_to, children, end, engine_arguments, revision, stop_ids, tie_core
-from raysys.rollout.serving import Response, Serving
+from raysys.rollout.episodes import Episode, TokenizerCodec
+from raysys.rollout.serving import Asked, Response, Seat, Serving
 from raysys.rollout.spec import Manifest, RolloutSpec, Sampling
 
 _UNFINISHED = "an update was begun and not finished"
@@ -38,6 +40,7 @@ class RolloutWorker(Serving):
         self._quarantined, self._log = "", ""
         self._processes: dict[int, float] = {}
         self._stops = stop_ids(spec.model)
+        self._codec: Any = None
 
     async def start(self) -> dict[str, Any]:
         """Builds the engine and warms it. Returns versions that every worker of a pool must share.
@@ -58,6 +61,9 @@ class RolloutWorker(Serving):
             self._processes = children()
             if self._receiver is not None:
                 await self._receiver.ready(self._engine, self._spec.model)
+            if self._spec.episodes is not None:
+                self._codec = TokenizerCodec(self._spec.model, self._stops)
+                await self._spec.episodes.environments.open()
             await self.probe([3, 4])  # the first call compiles and allocates
         # Outputs come as many small objects; without this each full collection walks all that torch and vLLM ever made.
         gc.collect()
@@ -77,8 +83,20 @@ class RolloutWorker(Serving):
         """`vocabulary` (ids) and `length` (tokens) of a sequence that `probe` can take."""
         return {"vocabulary": int(self._engine.model_config.get_vocab_size()), "length": self._spec.max_model_len - 1}
 
-    async def respond(self, ids: np.ndarray, sampling: Sampling, seed: int) -> Response:
-        """One sample: ids with the stop token, log-probs of the distribution that was sampled from, version spans, stop reason.
+    async def play(self, asked: Asked, sampling: Sampling, seed: int, seat: Seat) -> Response:
+        episodes = self._spec.episodes
+        if episodes is None:
+            return await self.respond(asked.ids, sampling, seed)
+
+        async def generate(ids: list[int], tokens: int, own: int) -> Response:
+            return await self.respond(np.array(ids), replace(sampling, max_tokens=tokens), own, episodes.environments.stops)
+
+        episode = Episode(episodes, generate, self._codec, seat.away)
+        room = min(sampling.max_tokens, self._spec.max_model_len - len(asked.ids))
+        return await episode.run(asked.ids.tolist(), asked.prompt_id, asked.metadata, room, seed)
+
+    async def respond(self, ids: np.ndarray, sampling: Sampling, seed: int, stops: Sequence[str] = ()) -> Response:
+        """One generation: ids with what stopped it, log-probs of the distribution that was sampled from, version spans, stop reason.
 
         Raises:
             DataError: the prompt leaves no room for a response.
@@ -98,7 +116,9 @@ class RolloutWorker(Serving):
             stop_token_ids=self._stops,
             ignore_eos=True,  # `stop_token_ids` has them all
             logprobs=0,
-            detokenize=False,
+            stop=list(stops) or None,
+            include_stop_str_in_output=bool(stops),
+            detokenize=bool(stops),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         while not self._gate.is_set():
@@ -218,6 +238,8 @@ class RolloutWorker(Serving):
         self._quarantined = reason
 
     async def close(self) -> None:
+        if self._codec is not None and self._spec.episodes is not None:
+            await self._spec.episodes.environments.close()
         if self._receiver is not None:
             self._receiver.close()
         if self._engine is not None:
