@@ -35,7 +35,8 @@ class TokenizerCodec:
         self._tokenizer, self._stops = AutoTokenizer.from_pretrained(folder), frozenset(stops)
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        """What an environment says are words: control tokens spelled out in it stay letters."""
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
         whole = ids[:-1] if len(ids) and ids[-1] in self._stops else ids
