@@ -99,6 +99,14 @@ class Batch:
         pairs = zip(self.strings("prompt_id"), self.numbers("sample"), strict=True)
         return [f"{prompt}/{sample}" for prompt, sample in pairs]
 
+    @property
+    def trained(self) -> np.ndarray:
+        """Response tokens that a row is trained on: of an episode those that were generated."""
+        if "runs" not in self:
+            return self.lengths("response_ids")
+        runs = self.ragged("runs")
+        return np.diff(np.concatenate([[0], np.cumsum(runs.values >= 0)])[runs.offsets])
+
     def with_columns(self, **columns: Any) -> Batch:
         """The same rows with columns added or replaced."""
         table = self.table

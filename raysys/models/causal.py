@@ -141,6 +141,7 @@ def response_logprobs(
     entropy: bool = False,
     uniform: Tensor | None = None,
     slope: Slope | None = None,
+    targets: Tensor | None = None,
 ) -> Any:
     """Log-probs in nats of response tokens, row after row. No row sees another.
 
@@ -155,6 +156,7 @@ def response_logprobs(
         query_ids: [n, K] (or [n]) ids to score instead of the responses' own, n = response_lengths.sum().
         entropy: also give [n] entropies in nats, without gradient.
         uniform: [n] float64 in [0, 1): draw one id at each position instead of scoring any.
+        targets: [n] where the tokens are among the T that count, if not all response tokens do; none may be a row's first.
         slope: a loss's derivative by the log-probs of some of the n tokens, where it is a sum over them.
 
     Returns:
@@ -174,6 +176,7 @@ def response_logprobs(
         entropy=entropy,
         uniform=uniform,
         slope=slope,
+        targets=targets,
     )
 
 
@@ -188,10 +191,12 @@ def _responses(
     entropy: bool,
     uniform: Tensor | None,
     slope: Slope | None,
+    targets: Tensor | None,
 ) -> Any:
     prompts, responses = prompt_lengths.cpu().numpy(), response_lengths.cpu().numpy()
     _check_lengths(input_ids, prompts, responses)
-    targets = torch.from_numpy(response_positions(prompts, responses)).to(input_ids.device)
+    if targets is None:
+        targets = torch.from_numpy(response_positions(prompts, responses)).to(input_ids.device)
     ids = input_ids[targets] if query_ids is None else query_ids
     if len(ids) != len(targets):
         raise ValueError(f"query_ids must have {len(targets)} rows, one a response token, got {list(ids.shape)}")

@@ -113,7 +113,7 @@ class Engine:
             else:
                 before = None if old is None else torch.from_numpy(np.concatenate([old[int(row)] for row in pack])).to(self.device)
                 target, loss, metrics = self._loss(MicroBatch(self.spec.objective, inputs, rows.micro(pack), before))
-                tokens = int(rows.responses[pack].sum())
+                tokens = int(rows.trained[pack].sum())
                 part = tokens / share.tokens
                 if self.spec.objective.weighting == "sequence":
                     part = len(pack) / share.sequences
@@ -145,6 +145,7 @@ class Engine:
             inputs.response_lengths,
             self.spec.temperature,
             self.spec.config.chunk_tokens,
+            targets=inputs.targets,
             **asked,
         )
 
@@ -204,7 +205,7 @@ class Engine:
         A draw follows from the run's seed, the sample's id and the token's place: see `raysys.training.hybrid.uniforms`.
         """
         rows = self._rows(batch, ())
-        numbers = uniforms(batch.ids, rows.responses, self.spec.seed)
+        numbers = uniforms(batch.ids, rows.trained, self.spec.seed)
 
         def drawn(inputs: Inputs) -> Tensor:
             chosen = [numbers[row] for row in inputs.rows] or [np.zeros(1)]
@@ -224,7 +225,7 @@ class Engine:
                 for pack in rows.packs(share.rows, self.spec.config.micro_batch_tokens, share.micro_batches, self.padded):
                     flat = forward(rows.inputs(pack)).cpu().numpy()
                     if len(pack):
-                        pieces = np.split(flat, np.cumsum(rows.responses[pack])[:-1])
+                        pieces = np.split(flat, np.cumsum(rows.trained[pack])[:-1])
                         found |= {int(row): piece for row, piece in zip(pack, pieces, strict=True)}
         return found
 

@@ -153,12 +153,13 @@ class TrainerGroup:
             mini_batches=mini_batches,
             budget=self.config.micro_batch_tokens,
             padded=self._padded,
+            trained=batch.trained,
         )
 
     def _part(self, batch: Batch, shares: list[Share], columns: tuple[str, ...] | None = None) -> tuple[Batch, list[Share]]:
         """A rank's rows in one batch, and its shares counted in those rows."""
         read = self._objective.columns if columns is None else columns
-        wanted = dict.fromkeys(("prompt_id", "sample", "domain", "prompt_ids", "response_ids", *read))
+        wanted = dict.fromkeys(("prompt_id", "sample", "domain", "prompt_ids", "response_ids", "runs", *read))
         missing = [name for name in ("prompt_ids", "response_ids") if name not in batch]
         if missing:
             raise DataError(f"the batch has no column {missing[0]}; it has {', '.join(batch.columns)}")

@@ -1,6 +1,7 @@
 """One rank's rows as tensors, micro-batch by micro-batch: what the model reads packed, what objectives read padded.
 
-Legend: B rows of a micro-batch, T tokens of all of them, R response tokens (right padded).
+Legend: B rows of a micro-batch, T tokens of all of them, R response tokens that are trained on (right padded), n of all rows: all response
+tokens, but of an episode those that were generated.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ class Inputs:
     prompt_lengths: Tensor
     """[B], on the CPU, as are the responses': the layout is worked out there."""
     response_lengths: Tensor
+    targets: Tensor
+    """[n] where the response tokens that are trained on are among the T."""
     mask: Tensor
-    """[B, R] bool."""
+    """[B, R] bool; R counts these."""
 
     @property
     def responses(self) -> Tensor:
-        """Ids of the response tokens, row after row."""
-        places = response_positions(self.prompt_lengths.numpy(), self.response_lengths.numpy())
-        return self.input_ids[torch.from_numpy(places).to(self.input_ids.device)]
+        """[n] ids of these tokens, row after row."""
+        return self.input_ids[self.targets]
 
     @property
     def dummy(self) -> bool:
@@ -50,16 +52,21 @@ class Rows:
     """The rows that a rank was sent.
 
     Raises:
-        DataError: a column is missing or does not have one value a response token, a prompt is empty, or an id is not one of the model's.
+        DataError: a column is missing or lacks a value for each response token (`runs` too), a prompt is empty, or an id is not one of the
+            model's.
     """
 
     def __init__(self, batch: Batch, columns: Sequence[str], vocabulary: int, device: torch.device):
         self.device = device
+        self._generated: Ragged | None = None
         self._names = batch.ids if "sample" in batch else [f"row {row}" for row in range(len(batch))]
         self._domains = batch.strings("domain") if "domain" in batch else [""] * len(batch)
         prompts, responses = batch.ragged("prompt_ids"), batch.ragged("response_ids")
         self.prompts, self.responses = np.diff(prompts.offsets), np.diff(responses.offsets)
         self._ids = _interleave(prompts, responses)
+        self.trained = batch.trained
+        if "runs" in batch:
+            self._generated = Ragged(self._column(batch, "runs").values >= 0, responses.offsets)
         self._columns = {name: self._column(batch, name) for name in columns}
         if (self.prompts < 1).any():
             raise DataError(
@@ -78,7 +85,9 @@ class Rows:
         if len(wrong):
             row = int(wrong[0])
             raise DataError(f"{self._names[row]} has {len(column[row])} values of {name} for {self.responses[row]} response tokens")
-        return column
+        if self._generated is None:
+            return column
+        return Ragged(column.values[self._generated.values], np.concatenate([[0], np.cumsum(self.trained)]))
 
     def name(self, rows: np.ndarray, most: int = 4) -> str:
         """Sample ids for an error message."""
@@ -96,14 +105,18 @@ class Rows:
         """A dummy."""
         one = torch.ones(1, dtype=torch.long)
         ids, mask = torch.zeros(2, dtype=torch.long, device=device), torch.ones(1, 1, dtype=torch.bool, device=device)
-        return Inputs(np.zeros(0, np.int64), ids, one, one, mask)
+        return Inputs(np.zeros(0, np.int64), ids, one, one, torch.ones(1, dtype=torch.long, device=device), mask)
 
     def inputs(self, rows: np.ndarray) -> Inputs:
         if not len(rows):
             return self.nothing(self.device)
-        ids, responses = _select(self._ids, rows).values, self.responses[rows]
-        mask = np.arange(responses.max(initial=0))[None, :] < responses[:, None]
-        return Inputs(rows, self._tensor(ids), torch.from_numpy(self.prompts[rows]), torch.from_numpy(responses), self._tensor(mask))
+        ids, prompts, responses, trained = _select(self._ids, rows).values, self.prompts[rows], self.responses[rows], self.trained[rows]
+        mask = np.arange(trained.max(initial=0))[None, :] < trained[:, None]
+        targets = response_positions(prompts, responses)
+        if self._generated is not None:
+            targets = targets[_select(self._generated, rows).values]
+        lengths = torch.from_numpy(prompts), torch.from_numpy(responses)
+        return Inputs(rows, self._tensor(ids), *lengths, self._tensor(targets), self._tensor(mask))
 
     def micro(self, rows: np.ndarray) -> Micro:
         columns = {name: self._tensor(_select(column, rows).padded()[0]) for name, column in self._columns.items()}

@@ -15,6 +15,7 @@ from raysys.methods import gopd
 from raysys.report.charts import CURVES
 from raysys.training.objectives import GopdObjective, Outputs, SftObjective
 from raysys.training.rows import Rows
+from raysys.training.split import split
 from tests.training.work import gopd_batch
 
 CPU = torch.device("cpu")
@@ -102,3 +103,33 @@ def test_a_missing_column_is_named():
     batch = gopd_batch()
     with pytest.raises(DataError, match="no column reference_logprobs"):
         Rows(Batch(batch.table.drop_columns(["reference_logprobs"])), GopdObjective(reward_scale=2.0).columns, 98, CPU)
+
+
+def episodes(batch: Batch, seed: int = 5) -> Batch:
+    """The same rows as episodes: about a third of their response tokens are the environment's, all of row 3."""
+    responses, rng = batch.ragged("response_ids"), np.random.default_rng(seed)
+    runs = np.where(rng.random(len(responses.values)) < 0.35, -1, 0)
+    runs[responses.offsets[3] : responses.offsets[4]] = -1
+    return batch.with_columns(runs=Ragged(runs.astype(np.int32), responses.offsets))
+
+
+def test_of_an_episode_only_what_was_generated_is_asked_for_and_counts():
+    batch = episodes(gopd_batch())
+    rows = Rows(batch, ("teacher_logprobs",), 98, CPU)
+    inputs, micro = rows.inputs(PICK), rows.micro(PICK)
+    runs, responses, told = (batch.ragged(name) for name in ("runs", "response_ids", "teacher_logprobs"))
+    kept = [runs[row] >= 0 for row in PICK]
+    assert rows.trained[PICK].tolist() == [int(keep.sum()) for keep in kept] == batch.trained[PICK].tolist() and rows.trained[3] == 0
+    assert inputs.responses.tolist() == np.concatenate([responses[row][keep] for row, keep in zip(PICK, kept, strict=True)]).tolist()
+    want = np.concatenate([told[row][keep] for row, keep in zip(PICK, kept, strict=True)])
+    assert torch.equal(micro.columns["teacher_logprobs"][inputs.mask], torch.from_numpy(want))
+    assert inputs.response_lengths.tolist() == [len(responses[row]) for row in PICK], "the model reads all of them"
+    parts = split(batch.lengths("prompt_ids"), batch.lengths("response_ids"), ranks=2, mini_batches=1, budget=40, trained=batch.trained)
+    assert parts[0][0].tokens == rows.trained.sum() and 3 not in np.concatenate([part.rows for part in parts[0]])
+
+
+def test_runs_of_another_length_name_the_row():
+    batch = gopd_batch()
+    wrong = Ragged.of([np.zeros(n + (row == 2)) for row, n in enumerate(batch.lengths("response_ids"))], np.int32)
+    with pytest.raises(DataError, match=r"p2@0/0 has .* values of runs for .* response tokens"):
+        Rows(batch.with_columns(runs=wrong), (), 98, CPU)
