@@ -51,6 +51,7 @@ def _serve(settings: IndexSettings, options: argparse.Namespace) -> int:
     if listener is None:
         return 0
     app = service.create_app(search, strings=options.strings, threads=options.threads)
+    listener.listen(1024)  # whoever reads the next line may connect
     print(f"serving {service.address(listener)}/retrieve", flush=True)
     service.server(app).run(sockets=[listener])
     return 0

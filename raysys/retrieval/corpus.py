@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from raysys.errors import ConfigError, DataError
 from raysys.retrieval.documents import join_contents
-from raysys.retrieval.folders import open_or_build
+from raysys.retrieval.folders import mapped, open_or_build
 
 _CHUNK = 1 << 22
 _SHOWN = 5
@@ -56,8 +56,7 @@ class Corpus:
         self.hash = _digest(self._file)
         self.folder = Path(index) if index is not None else self.path.with_name(self.path.name + ".index")
         open_or_build(self.folder / "documents", {"kind": "documents", "corpus": self.hash}, self._build, rebuild)
-        self._spans = np.load(self.folder / "documents" / "spans.npy", mmap_mode="r")
-        self.rank = np.asarray(np.load(self.folder / "documents" / "rank.npy", mmap_mode="r"))
+        self._spans, self.rank = mapped(self.folder / "documents", "spans", "rank")
         after = os.fstat(self._file)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise DataError(f"corpus {path} changed while it was being read", "start again when nobody writes it")

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raysys.errors import ConfigError, DataError
 from raysys.files import sync, write_json
 
@@ -33,6 +35,14 @@ def open_or_build(folder: Path, wanted: Mapping[str, Any], build: Callable[[Path
     if rebuild or not folder.exists():
         _build(folder, wanted, build, replace=rebuild)
     return _checked(folder, wanted)
+
+
+def mapped(folder: Path, *names: str) -> list[np.ndarray]:
+    """The arrays `NAME.npy` of an index folder, read from disk as they are needed. Raises DataError for a damaged one."""
+    try:
+        return [np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names]
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"index {folder} is damaged: {error}", "give --rebuild") from None
 
 
 def _build(folder: Path, wanted: Mapping[str, Any], build: Callable[[Path], None], replace: bool) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from raysys.errors import ConfigError, DataError
 from raysys.retrieval import kernel
 from raysys.retrieval.corpus import Corpus
-from raysys.retrieval.folders import open_or_build
+from raysys.retrieval.folders import mapped, open_or_build
 
 Stopwords = Literal["english", "none"]
 _WORD = re.compile(r"\w+")
@@ -61,12 +61,8 @@ class LexicalIndex:
         folder = corpus.folder / self.kind
         wanted = {"kind": self.kind, "corpus": corpus.hash, "stopwords": stopwords, "pattern": _WORD.pattern}
         open_or_build(folder, wanted, lambda draft: _build(corpus, self._words, draft), rebuild)
-        try:
-            names = ("data.csc.index", "indices.csc.index", "indptr.csc.index", "words", "word_numbers")
-            arrays = [np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in names]
-        except (OSError, ValueError) as error:
-            raise DataError(f"index {folder} is damaged: {error}", "give --rebuild") from None
-        self._weights, self._rows, self._starts, self._hashes, self._numbers = arrays
+        names = ("data.csc.index", "indices.csc.index", "indptr.csc.index", "words", "word_numbers")
+        self._weights, self._rows, self._starts, self._hashes, self._numbers = mapped(folder, *names)
         self._rank = corpus.rank
         self._room = threading.local()
         self._search = kernel.compiled()

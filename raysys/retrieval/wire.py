@@ -24,6 +24,7 @@ class Limits:
     queries: int = 4096
     query_chars: int = 8192
     topk: int = 100
+    candidates: int = 200
     body_bytes: int = 32 << 20
 
 
@@ -57,8 +58,8 @@ def read_request(body: bytes, limits: Limits, strings: bool = False) -> Request:
         raise BadRequest(400, f"the body is not JSON: {str(error)[:200]}") from None
     if not isinstance(payload, dict):
         raise BadRequest(422, 'the body must be an object, e.g. {"queries": ["..."], "topk": 3, "return_scores": true}')
-    topk, shown = _count(payload, "topk", limits), _count(payload, "topk_rerank", limits)
-    candidates = _count(payload, "topk_retrieval", limits)
+    topk, shown = _count(payload, "topk", limits.topk), _count(payload, "topk_rerank", limits.topk)
+    candidates = _count(payload, "topk_retrieval", limits.candidates)
     second = topk is None and (shown is not None or candidates is not None)
     return Request(
         queries=_queries(payload.get("queries"), limits),
@@ -81,12 +82,12 @@ def _queries(value: Any, limits: Limits) -> list[str]:
     return value
 
 
-def _count(payload: Mapping[str, Any], key: str, limits: Limits) -> int | None:
+def _count(payload: Mapping[str, Any], key: str, most: int) -> int | None:
     value = payload.get(key)
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limits.topk:
-        raise BadRequest(422, f"`{key}` must be a whole number from 1 to {limits.topk}, found {str(value)[:50]}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise BadRequest(422, f"`{key}` must be a whole number from 1 to {most}, found {str(value)[:50]}")
     return value
 
 
