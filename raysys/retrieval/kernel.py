@@ -34,7 +34,7 @@ def best_rows(
     Shapes: N documents, P postings, V words, W words of all queries. Assumes positive weights, and k of at least 1.
 
     Args:
-        weights, rows: [P] postings, word after word.
+        weights, rows: [P] postings, word after word. Rows are unsigned, here and below: a sign would be checked at each access.
         starts: [V + 1] where each word's postings begin.
         rank: [N] place of a row among those of equal sum.
         words: [W] word numbers of all queries, one query after another; a word twice counts twice.
@@ -51,21 +51,21 @@ def best_rows(
         many = 0 if sparse else len(rank)
         for place in range(first, last):
             start, end = starts[words[place]], starts[words[place] + 1]
+            held, added = rows[start:end], weights[start:end]
             if sparse:
-                for posting in range(start, end):
-                    row = rows[posting]
+                for posting in range(len(held)):
+                    row = held[posting]
                     if sums[row] == 0:
                         touched[many] = row
                         many += 1
-                    sums[row] += weights[posting]
+                    sums[row] += added[posting]
             else:
-                for posting in range(start, end):
-                    sums[rows[posting]] += weights[posting]
+                for posting in range(len(held)):
+                    sums[held[posting]] += added[posting]
         kept, lowest = 0, np.float32(0)
         for index in range(many):
-            row = touched[index] if sparse else index
+            row = touched[index] if sparse else np.uint32(index)
             total = sums[row]
-            sums[row] = 0
             if total <= lowest and (kept < k or total < lowest or rank[row] > rank[best[query, k - 1]]):
                 continue
             slot = min(kept, k - 1)
@@ -81,6 +81,11 @@ def best_rows(
             kept = min(kept + 1, k)
             if kept == k:
                 lowest = scores[query, k - 1]
+        if sparse:
+            for index in range(many):
+                sums[touched[index]] = 0
+        else:
+            sums[:] = 0
         counts[query] = kept
 
 
