@@ -35,7 +35,12 @@ def create_app(search: LocalSearch, *, limits: Limits | None = None, strings: bo
         search: answers queries; called from `threads` threads, never from the event loop.
         limits: what one request may ask for; more is answered with 4xx and a sentence.
         strings: documents of the first style are bare texts too.
+
+    Raises:
+        ConfigError: no thread to search in.
     """
+    if threads < 1:
+        raise ConfigError(f"a service with {threads} threads cannot search", "raise --threads")
     limits = limits or Limits()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="search")
 
@@ -51,7 +56,7 @@ def create_app(search: LocalSearch, *, limits: Limits | None = None, strings: bo
         await waiting.close()
         pool.shutdown(wait=True, cancel_futures=True)
 
-    app = fastapi.FastAPI(title="raysys retrieval", lifespan=lifespan)
+    app = fastapi.FastAPI(title="raysys retrieval", lifespan=lifespan, docs_url=None, redoc_url=None)
 
     @app.post("/retrieve")
     async def retrieve(http: fastapi.Request) -> Response:
@@ -103,9 +108,9 @@ def listen(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listener.close()
-        raise ConfigError(f"{host}:{port} cannot be listened on: {error.strerror}", "take another --port or --host") from None
+        raise ConfigError(f"{host}:{port} cannot be listened on: {error}", "take another --port or --host") from None
     return listener
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from ray import cloudpickle
+
 from raysys.retrieval.deployment import ActorSearch, serve_app
 from raysys.retrieval.search import IndexSettings, LocalSearch
 from tests.retrieval.conftest import ROWS, Writer
@@ -16,6 +18,7 @@ def test_an_application_scales_between_its_bounds_and_serves_the_same_routes(wri
     scaling = deployment._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 3)
     assert deployment.name == "search"
+    assert cloudpickle.loads(cloudpickle.dumps(deployment.func_or_class))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def test_an_actor_is_searched_as_an_index_is(local: LocalSearch) -> None:

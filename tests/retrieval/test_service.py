@@ -130,6 +130,8 @@ def test_a_port_that_is_taken_is_one_clear_error(url: str, write: Writer, capsys
         Running(None, port=int(port))
     assert main(["--corpus", str(write(ROWS)), "--port", port]) == 2
     assert main(["--corpus", "nowhere.jsonl", "--port", "0"]) == 2
+    assert main(["--corpus", str(write(ROWS)), "--port", "70000"]) == 2
+    assert main(["--corpus", str(write(ROWS)), "--port", "0", "--threads", "0"]) == 2
     assert "corpus nowhere.jsonl is no file" in capsys.readouterr().err
 
 
