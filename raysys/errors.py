@@ -50,6 +50,33 @@ class WeightSyncError(InfrastructureError):
     """Weights did not arrive as they left, or the engine does not compute with them."""
 
 
+class SearchError(InfrastructureError):
+    """The search service gave no usable answer, however often it was asked. The query is not to blame."""
+
+    def __init__(self, url: str, attempts: int, seconds: float, cause: str):
+        tries = f"{attempts} attempt{'' if attempts == 1 else 's'}"
+        super().__init__(
+            f"search service {url} gave no usable answer in {tries} and {seconds:.1f} s, at last: {cause}",
+            "start it or correct search.url; raise search.timeout if it is slow, search.retries or search.deadline if it comes and goes",
+        )
+        self.url, self.attempts, self.seconds, self.cause = url, attempts, seconds, cause
+
+    def __reduce__(self):
+        return (type(self), (self.url, self.attempts, self.seconds, self.cause))
+
+
+class SearchRefused(DataError):
+    """The search service says that the request itself is wrong. Asking again does not help."""
+
+    def __init__(self, url: str, status: int, cause: str):
+        message = f"search service {url} refused a request with HTTP {status}: {cause}"
+        super().__init__(message, "check search.url, search.topk and the query")
+        self.url, self.status, self.cause = url, status, cause
+
+    def __reduce__(self):
+        return (type(self), (self.url, self.status, self.cause))
+
+
 class NumericsError(RaysysError):
     """A loss or a gradient is not finite."""
 

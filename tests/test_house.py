@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ledger": {"config", "errors", "files", "batch", "runtime"},
     "evaluation": {"config", "batch", "errors", "files", "runtime"},
     "report": {"config", "batch", "errors", "files", "runtime"},
+    "retrieval": {"config", "errors", "files", "runtime"},
     **dict.fromkeys(ROOMS, LOW),
 }
 
@@ -90,6 +91,8 @@ def test_the_graph_is_seen_at_all() -> None:
         ("raysys.submit", ("torch", "ray", "vllm", "transformers")),
         ("raysys.cli", ("torch", "ray", "vllm", "transformers")),
         ("raysys.loop", ("torch", "vllm", "deepspeed")),
+        ("raysys.retrieval.client", ("torch", "ray", "vllm", "transformers", "fastapi", "bm25s", "numba")),
+        ("raysys.retrieval.service", ("torch", "ray", "vllm", "transformers")),
     ],
 )
 def test_what_must_stay_light(module: str, forbidden: tuple[str, ...]) -> None:
