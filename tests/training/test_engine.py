@@ -15,7 +15,7 @@ from raysys.errors import NumericsError
 from raysys.methods import gopd
 from raysys.training.objectives import GopdObjective, SftObjective
 from tests.training import work
-from tests.training.work import RATE, gopd_batch, merged, spec, train
+from tests.training.work import RATE, episodes, gopd_batch, merged, spec, train
 
 BATCHES = [gopd_batch(seed=seed) for seed in range(3)]
 EPSILON, CLIP = 1e-4, 0.05
@@ -65,7 +65,8 @@ def row_terms(logprobs, base, batch: Batch, row: int):
     ratio = (logprobs - base).exp()
     loss = torch.maximum(-gain * ratio, -gain * ratio.clamp(0.8, 1.2))
     loss = torch.where(gain < 0, torch.minimum(loss, -3 * gain), loss)
-    return (base - rollout).exp().clamp(max=5.0) * loss
+    terms = (base - rollout).exp().clamp(max=5.0) * loss
+    return terms[torch.from_numpy(batch.ragged("runs")[row] >= 0)] if "runs" in batch else terms
 
 
 def assert_same_weights(mine, theirs, tolerance=1e-5):
@@ -106,6 +107,17 @@ def test_the_micro_batch_split_changes_nothing(solo, pair, models, aggregation):
     for ranks, tokens in ((solo, 10**6), (solo, 1), (pair, 30)):
         results = ranks(train, of=spec(models["untied"], objective, zero_stage=1, micro_batch_tokens=tokens), batches=BATCHES[:2])
         assert merged(results, 1)["loss"] == pytest.approx(losses[1], abs=1e-5)
+        assert_same_weights(results[0][1], weights)
+
+
+@pytest.mark.parametrize("aggregation", gopd.AGGREGATIONS)
+def test_what_an_environment_said_is_read_and_not_trained_on(solo, pair, models, aggregation):
+    played, objective = [episodes(batch) for batch in BATCHES[:2]], GopdObjective(reward_scale=1.25, aggregation=aggregation)
+    losses, _, weights = plain_loop(models["untied"], played, aggregation)
+    for ranks, tokens in ((solo, 10**6), (pair, 30)):
+        results = ranks(train, of=spec(models["untied"], objective, zero_stage=1, micro_batch_tokens=tokens), batches=played)
+        metrics = merged(results, 1)
+        assert metrics["loss"] == pytest.approx(losses[1], abs=1e-5) and metrics["tokens"] == played[1].trained.sum()
         assert_same_weights(results[0][1], weights)
 
 

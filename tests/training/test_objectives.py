@@ -16,7 +16,7 @@ from raysys.report.charts import CURVES
 from raysys.training.objectives import GopdObjective, Outputs, SftObjective
 from raysys.training.rows import Rows
 from raysys.training.split import split
-from tests.training.work import gopd_batch
+from tests.training.work import episodes, gopd_batch
 
 CPU = torch.device("cpu")
 PICK = np.array([0, 2, 3, 7])
@@ -103,14 +103,6 @@ def test_a_missing_column_is_named():
     batch = gopd_batch()
     with pytest.raises(DataError, match="no column reference_logprobs"):
         Rows(Batch(batch.table.drop_columns(["reference_logprobs"])), GopdObjective(reward_scale=2.0).columns, 98, CPU)
-
-
-def episodes(batch: Batch, seed: int = 5) -> Batch:
-    """The same rows as episodes: about a third of their response tokens are the environment's, all of row 3."""
-    responses, rng = batch.ragged("response_ids"), np.random.default_rng(seed)
-    runs = np.where(rng.random(len(responses.values)) < 0.35, -1, 0)
-    runs[responses.offsets[3] : responses.offsets[4]] = -1
-    return batch.with_columns(runs=Ragged(runs.astype(np.int32), responses.offsets))
 
 
 def test_of_an_episode_only_what_was_generated_is_asked_for_and_counts():

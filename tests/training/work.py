@@ -41,6 +41,14 @@ def gopd_batch(rows: int = 13, seed: int = 0, **columns: Any) -> Batch:
     return Batch.from_columns(**made | columns)
 
 
+def episodes(batch: Batch, seed: int = 5) -> Batch:
+    """The same rows as episodes: about a third of their response tokens are the environment's, all of row 3."""
+    responses, rng = batch.ragged("response_ids"), np.random.default_rng(seed)
+    runs = np.where(rng.random(len(responses.values)) < 0.35, -1, 0)
+    runs[responses.offsets[3] : responses.offsets[4]] = -1
+    return batch.with_columns(runs=Ragged(runs.astype(np.int32), responses.offsets))
+
+
 def spec(model: str, objective: Objective | None = None, dtype: str = "float32", rate: float = RATE, **trainer: Any) -> TrainerSpec:
     # Clipping bites in most steps, and a small epsilon keeps Adam's first steps from hiding the gradient's size.
     config = Trainer(**{"threads": 1, "micro_batch_tokens": 64, "clip": 0.05, "epsilon": 1e-4, **trainer})
@@ -55,7 +63,8 @@ def worker(of: TrainerSpec, rank: int, ranks: int, port: int) -> TrainerWorker:
 
 def shares(of: TrainerSpec, batch: Batch, rank: int, ranks: int, padded: bool = False) -> list[Share]:
     lengths = batch.lengths("prompt_ids"), batch.lengths("response_ids")
-    steps = split(*lengths, ranks=ranks, mini_batches=of.config.mini_batches, budget=of.config.micro_batch_tokens, padded=padded)
+    sizes = {"mini_batches": of.config.mini_batches, "budget": of.config.micro_batch_tokens}
+    steps = split(*lengths, ranks=ranks, **sizes, padded=padded, trained=batch.trained)
     return [step[rank] for step in steps]
 
 
