@@ -31,6 +31,8 @@ KEPT_FLOOR = 2**26
 """Bytes of blocks that are kept whatever their share."""
 WHOLE_SHARE, WHOLE_FLOOR = 3 / 4, 2**26
 """Logits of positions whose gradients are made in the forward pass: of the unembedding's bytes, and so many in any case."""
+KEPT_ROWS = 2048
+"""Positions of a kept block that go into one product: each adds to all of the block's part of the unembedding's gradient."""
 SLAB = 2**26
 """Kept blocks are allocated at least so many bytes at a time: the C library gives smaller pieces back to itself, not to the system."""
 
@@ -54,14 +56,13 @@ class Head:
         most = max(1, min(self.chunk, len(self.hidden)))
         return most if self.hidden.is_cuda else min(most, CPU_ROWS)
 
-    def parts(self) -> list[slice]:
-        return chunks(len(self.hidden), self.rows)
+    def parts(self, most: int | None = None) -> list[slice]:
+        return even(len(self.hidden), most or self.rows)
 
     def wholes(self) -> list[slice]:
         """Positions, as evenly split as can be, so many at a time as all their logits may exist at once."""
         room = max(WHOLE_SHARE * self.unembedding.numel() * self.dtype.itemsize, WHOLE_FLOOR)
-        most = max(1, int(room / (len(self.unembedding) * self.dtype.itemsize)))
-        return chunks(len(self.hidden), math.ceil(len(self.hidden) / math.ceil(len(self.hidden) / most))) if len(self.hidden) else []
+        return self.parts(max(1, int(room / (len(self.unembedding) * self.dtype.itemsize))))
 
     def at(self, rows: slice) -> Head:
         return replace(self, hidden=self.hidden[rows])
@@ -249,11 +250,12 @@ def gradients(head: Head, ids: Tensor, log_z: Tensor, grad: Tensor, kept: Kept, 
     slope = kernels_for(log_z).slope
     for index, (start, stop, weight, bias) in enumerate(head.factors()):
         own = None if out.unembedding is None else out.unembedding[start:stop]
-        columns = None if own is None else _Columns(own, head.dtype, len(head.parts()) == 1, out.empty)
         bias_sum = None if out.bias is None else log_z.new_zeros(stop - start)
         room, tops = kept.blocks.pop(index, (None, log_z))
         fall = total * (tops - log_z).exp()
-        for rows in head.parts():
+        parts = head.parts(None if room is None else KEPT_ROWS)
+        columns = None if own is None else _Columns(own, head.dtype, len(parts) == 1, out.empty)
+        for rows in parts:
             if room is not None:
                 made = room[rows].to(head.dtype).mul_(fall[rows, None])
                 rise = add_asked(made, ids[rows], start, grad[rows]).to(states.dtype)
@@ -293,6 +295,11 @@ class _Columns:
             self._target.zero_()
         elif self._sum is not self._target:
             self._target.copy_(self._sum)
+
+
+def even(n: int, most: int) -> list[slice]:
+    """Slices that cover range(n), of at most so many and as equal as can be."""
+    return chunks(n, math.ceil(n / math.ceil(n / most))) if n else []
 
 
 def factor(tensor: Tensor) -> Tensor:
