@@ -1,0 +1,155 @@
+"""The search agent's world: episodes that search and answer, and what they are worth. Paper: arXiv 2604.18235, on Search-R1's protocol.
+
+A generation ends at `</search>` or `</answer>`. A search is answered by documents between information tags; an answer, or anything
+else, ends the episode. With `opener` the `<think>` that each generation begins with is put there and not trained on (the paper's
+decoupled opener).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from raysys.batch import Batch
+from raysys.errors import DataError
+from raysys.methods.calibadv_text import END_MARKERS, NOTICE, Action, action, answer_f1, escape_tags, exact_match, format_valid
+from raysys.retrieval.client import SearchClient, SearchSettings
+from raysys.retrieval.documents import Document, Searcher
+from raysys.rollout.environment import Reply
+
+OPENER = "<think>"
+DOCUMENT_CHARS = 1200
+"""Of a document that the model is shown: cut one by one, so that no long one costs the others their place."""
+TOLD = f"\n\n{NOTICE} I should put a query between search tags, or the answer between answer tags.\n\n"
+
+
+class SearchEnvironments:
+    """Makes the environments of one worker, which share a client.
+
+    Args:
+        settings: of the client.
+        opener: whether `<think>` is put before each generation.
+        document_chars: see `DOCUMENT_CHARS`.
+        connect: makes the searcher; the default is the client of a service.
+    """
+
+    stops: Sequence[str] = ("</search>", "</answer>")
+
+    def __init__(
+        self,
+        settings: SearchSettings,
+        opener: bool = True,
+        document_chars: int = DOCUMENT_CHARS,
+        connect: Callable[[SearchSettings], Searcher] = SearchClient,
+    ):
+        self.settings, self.opener, self.document_chars, self._connect = settings, opener, document_chars, connect
+        self._searcher: Searcher | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_searcher": None}
+
+    async def open(self) -> None:
+        self._searcher = self._connect(self.settings)
+
+    def new(self) -> SearchEnvironment:
+        assert self._searcher is not None, "open() comes first"
+        return SearchEnvironment(self._searcher, self.opener, self.document_chars)
+
+    async def close(self) -> None:
+        if self._searcher is not None:
+            await self._searcher.close()
+            self._searcher = None
+
+
+class SearchEnvironment:
+    """One question's episode."""
+
+    def __init__(self, searcher: Searcher, opener: bool = True, document_chars: int = DOCUMENT_CHARS):
+        self._searcher, self._document_chars = searcher, document_chars
+        self._opener = OPENER if opener else ""
+        self._text = ""
+
+    async def reset(self, prompt_id: str, metadata: str) -> str:
+        self._text = self._opener
+        return self._opener
+
+    async def step(self, text: str, last: bool) -> Reply:
+        """Raises SearchError, an infrastructure error, when the service stays away, and SearchRefused for a query that it will not take."""
+        asked = action(text)
+        thought = {"think": thinking(self._opener + text)}
+        self._text += text
+        if asked is None:
+            self._text += TOLD
+            return Reply(TOLD, done=True, record={**thought, "action": "invalid"})
+        if asked.kind == "answer":
+            return Reply(done=True, record={**thought, **self._answered(asked)})
+        record = {**thought, "action": "search", "query": asked.text}
+        if last:
+            return Reply(done=False, record=record)
+        (found,) = await self._searcher.search([asked.text])
+        observation = f"\n\n<information>{shown(found, self._document_chars)}</information>\n\n{self._opener}"
+        self._text += observation
+        return Reply(observation, record={**record, "doc_ids": [one.id for one in found], "titles": [one.title for one in found]})
+
+    def _answered(self, asked: Action) -> dict[str, Any]:
+        return {"action": "answer", "answer": asked.text, "valid": format_valid(self._text)}
+
+
+def thinking(text: str) -> str:
+    """What a generation thinks: the text of its first `<think>` pair, up to its action where the pair is not closed."""
+    _, opened, rest = text.partition("<think>")
+    inside = rest if opened else text
+    for tag in ("</think>", "<search>", "<answer>"):
+        inside = inside.partition(tag)[0]
+    return inside.strip()
+
+
+def shown(documents: Sequence[Document], most: int = DOCUMENT_CHARS) -> str:
+    """Documents as the model reads them, a line each; nothing in them can be taken for a tag or for a marker of a chat template."""
+    lines = [f"Doc {place}(Title: {_plain(one.title)}) {_plain(one.body[:most])}" for place, one in enumerate(documents, 1)]
+    return "\n".join(line.strip() for line in lines)
+
+
+def _plain(text: str) -> str:
+    for mark in END_MARKERS:
+        text = text.replace(mark, mark.replace("<", "&lt;"))
+    return escape_tags(text).replace(NOTICE, NOTICE.lower())
+
+
+def judged(batch: Batch) -> Batch:
+    """The same episodes with `reward`: F1 of the answer against the row's golds where the form is valid, else 0.
+
+    Raises:
+        DataError: a row's `answer` is no text or JSON list of texts.
+    """
+    ended = [turns[-1] if turns else {} for turns in played(batch)]
+    golds = [accepted(text, name) for text, name in zip(batch.strings("answer"), batch.ids, strict=True)]
+    return batch.with_columns(
+        reward=[answer_f1(turn["answer"], gold) if turn.get("valid") else 0.0 for turn, gold in zip(ended, golds, strict=True)]
+    )
+
+
+def exact(batch: Batch) -> list[bool]:
+    """Whether each episode's answer is one of the row's golds, whatever its form."""
+    ended = [turns[-1] if turns else {} for turns in played(batch)]
+    golds = [accepted(text, name) for text, name in zip(batch.strings("answer"), batch.ids, strict=True)]
+    return ["answer" in turn and exact_match(turn["answer"], gold) for turn, gold in zip(ended, golds, strict=True)]
+
+
+def played(batch: Batch) -> list[list[dict[str, Any]]]:
+    """The turns of each episode."""
+    return [json.loads(text)["turns"] for text in batch.strings("episode")]
+
+
+def accepted(text: str, name: str) -> list[str]:
+    """The golds of a row: its `answer` is one of them, or a JSON list of all. Raises DataError naming the row."""
+    if not text.lstrip().startswith("["):
+        return [text]
+    try:
+        golds = json.loads(text)
+    except json.JSONDecodeError:
+        return [text]
+    if not golds or not all(isinstance(gold, str) for gold in golds):
+        raise DataError(f"{name}: its answer is a list, but not of texts: {text[:80]}", "give a text, or a JSON list of accepted texts")
+    return golds
