@@ -17,6 +17,7 @@ from typing import Any
 from raysys.batch import Batch
 from raysys.checks import local_or_id, shared_vocabulary
 from raysys.colocate import SHARE, TurningPusher
+from raysys.config.agents import SearchAgentConfig
 from raysys.config.runs import EvaluateConfig, EvaluationPart, GopdConfig, HpdConfig, Run, SftConfig
 from raysys.data.stream import PromptStream
 from raysys.data.text import Decoder
@@ -26,6 +27,7 @@ from raysys.job import Session
 from raysys.loop import Parts, train
 from raysys.report.metrics import MetricsWriter
 from raysys.report.progress import Progress
+from raysys.rollout.environment import EpisodeSpec
 from raysys.rollout.members import Member
 from raysys.rollout.pool import RolloutPool
 from raysys.rollout.spec import RolloutSpec, Sampling
@@ -34,7 +36,7 @@ from raysys.scoring.group import ScorerGroup
 from raysys.scoring.verifiers import score
 from raysys.training.group import TrainerGroup
 from raysys.training.objectives import Objective
-from raysys.watching import Usage, scorer_ranks
+from raysys.watching import Trains, Usage, scorer_ranks
 from raysys.weights.ipc import IpcReceiver
 from raysys.weights.nccl import NcclReceiver
 from raysys.weights.push import Pusher
@@ -110,7 +112,7 @@ def resume(session: Session, trainer: TrainerGroup, source: Any) -> None:
     log.info("resumed at step %d from %s", session.ledger.step, point)
 
 
-def finish(config: GopdConfig | SftConfig | HpdConfig, session: Session, parts: Parts, trainer: TrainerGroup, max_age: int) -> None:
+def finish(config: Trains, session: Session, parts: Parts, trainer: TrainerGroup, max_age: int) -> None:
     """The loop, then the export and the mark that the run is done."""
     end = train(parts, steps=config.steps, batch=config.batch, max_age=max_age, checkpoint_every=config.checkpoint_every)
     trainer.export(str(session.folder / "export"))
@@ -119,7 +121,12 @@ def finish(config: GopdConfig | SftConfig | HpdConfig, session: Session, parts: 
 
 
 def open_pool(
-    config: GopdConfig | SftConfig | HpdConfig | EvaluateConfig, model: str, hardware: Hardware, folder: Path, member: type[Member] = Member
+    config: Trains | EvaluateConfig,
+    model: str,
+    hardware: Hardware,
+    folder: Path,
+    member: type[Member] = Member,
+    episodes: EpisodeSpec | None = None,
 ) -> RolloutPool:
     spec = RolloutSpec(
         model=model,
@@ -130,13 +137,12 @@ def open_pool(
         config=config.rollout,
         sleeps=getattr(config, "colocate", False),
         receiver=receiver_for(config, hardware),
+        episodes=episodes,
     )
     return RolloutPool(config.rollout, spec, config.deadlines, member=member)
 
 
-def open_trainer(
-    config: GopdConfig | SftConfig | HpdConfig, student: str, objective: Objective, hardware: Hardware, folder: Path
-) -> TrainerGroup:
+def open_trainer(config: Trains, student: str, objective: Objective, hardware: Hardware, folder: Path) -> TrainerGroup:
     return TrainerGroup(
         config.trainer,
         model=student,
@@ -164,13 +170,13 @@ def receiver_for(config: Any, hardware: Hardware) -> type[SharedMemoryReceiver]:
     return NcclReceiver if weights.backend == "nccl" else IpcReceiver
 
 
-def open_pusher(config: GopdConfig | SftConfig | HpdConfig, trainer: TrainerGroup, pool: RolloutPool, student: str) -> Pusher:
+def open_pusher(config: Trains, trainer: TrainerGroup, pool: RolloutPool, student: str) -> Pusher:
     pusher = Pusher(trainer, pool, config.weights, config.deadlines, engine_ranks=config.rollout.tensor_parallel)
     pool.admit = pusher.catch_up
     return pusher
 
 
-def open_metrics(config: GopdConfig | SftConfig | HpdConfig, session: Session, stack: ExitStack, usage: Usage | None = None) -> Any:
+def open_metrics(config: Trains, session: Session, stack: ExitStack, usage: Usage | None = None) -> Any:
     writer = stack.enter_context(MetricsWriter(session.folder, session.job, session.folder.name))
     progress = Progress(config.steps)
 
@@ -185,13 +191,14 @@ def open_metrics(config: GopdConfig | SftConfig | HpdConfig, session: Session, s
 
 
 def open_evaluator(
-    config: GopdConfig | SftConfig | HpdConfig | EvaluateConfig,
+    config: Trains | EvaluateConfig,
     session: Session,
     pool: RolloutPool,
     trainer: TrainerGroup | None,
     tokenizer: str,
     before: Callable[[int], Any] | None,
     label: str | None = None,
+    judge: Callable[[str, str, str, str], float] = score,
 ) -> Any:
     part = config.evaluation
     if part is None:
@@ -205,7 +212,7 @@ def open_evaluator(
         generate=lambda rows: pool.generate(rows, sampling),
         prompts=prompts,
         decode=decoder.texts,
-        score=score,
+        score=judge,
         folder=session.folder,
         steps=getattr(config, "steps", 0),
         every=getattr(config, "evaluate_every", None),
@@ -265,16 +272,16 @@ def open_scorers(config: GopdConfig | HpdConfig, student: str, hardware: Hardwar
     )
 
 
-def shares_its_gpus(config: GopdConfig | SftConfig | HpdConfig) -> bool:
+def shares_its_gpus(config: Trains) -> bool:
     """Whether somebody lives beside each trainer rank: an engine, or a scorer."""
     if isinstance(config, HpdConfig):
         return scorer_ranks(config) > 0 and config.scoring.placement == "colocated"
     return isinstance(config, GopdConfig) and config.colocate
 
 
-def temperature(config: GopdConfig | SftConfig | HpdConfig) -> float:
+def temperature(config: Trains) -> float:
     """What divides the logits of student and teachers: that of the rollouts, or the one that distillation on data names."""
-    if isinstance(config, GopdConfig):
+    if isinstance(config, (GopdConfig, SearchAgentConfig)):
         return config.rollout.temperature
     return config.temperature if isinstance(config, HpdConfig) else 1.0
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
+from raysys import search_agent
+from raysys.config.agents import SearchAgentConfig
 from raysys.config.parts import Data
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, SftConfig
 from raysys.data.preflight import check_context, check_vocabularies, preflight, shared_ids
@@ -24,6 +27,17 @@ def check_gopd(config: GopdConfig) -> None:
     _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, set(config.teachers))
     if config.evaluation is not None:
         _check_data(config.evaluation.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
+
+
+def check_search_agent(config: SearchAgentConfig) -> None:
+    """As `check_gopd`; the search service must answer, too."""
+    student = local_or_id(config.student)
+    check_vocabularies({"student": student})
+    check_context(student, config.max_prompt_tokens, config.max_response_tokens)
+    _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
+    if config.evaluation is not None:
+        _check_data(config.evaluation.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
+    asyncio.run(search_agent.reachable(search_agent.settings_of(config)))
 
 
 def check_sft(config: SftConfig) -> None:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from raysys.batch import Batch
+from raysys.config.agents import SearchAgentConfig
 from raysys.errors import DataError
-from raysys.methods.calibadv_text import END_MARKERS, NOTICE, Action, action, answer_f1, escape_tags, exact_match, format_valid
+from raysys.methods.calibadv_text import END_MARKERS, NOTICE, Action, action, answer_f1, escape_tags, exact_match, format_valid, reward
 from raysys.retrieval.client import SearchClient, SearchSettings
 from raysys.retrieval.documents import Document, Searcher
-from raysys.rollout.environment import Reply
+from raysys.rollout.environment import EpisodeSpec, Reply
 
 OPENER = "<think>"
 DOCUMENT_CHARS = 1200
@@ -94,6 +95,47 @@ class SearchEnvironment:
 
     def _answered(self, asked: Action) -> dict[str, Any]:
         return {"action": "answer", "answer": asked.text, "valid": format_valid(self._text)}
+
+
+def settings_of(config: SearchAgentConfig) -> SearchSettings:
+    """The client's settings that a run asks for."""
+    part = config.search
+    return SearchSettings(
+        url=part.url,
+        topk=part.topk,
+        candidates=part.candidates,
+        timeout=part.timeout,
+        retries=part.retries,
+        deadline=part.deadline,
+        gather=part.gather,
+        seed=config.seed,
+    )
+
+
+def episodes_of(config: SearchAgentConfig) -> EpisodeSpec:
+    made = SearchEnvironments(settings_of(config), config.opener, config.search.document_chars)
+    return EpisodeSpec(made, config.generations, config.turn_tokens)
+
+
+async def reachable(settings: SearchSettings, seconds: float = 10.0) -> None:
+    """Returns if the service answers within so many seconds. Raises SearchError."""
+    client = SearchClient(settings)
+    try:
+        await client.wait_healthy(seconds)
+    finally:
+        await client.close()
+
+
+class Judge:
+    """The loop's scorers: no model is asked."""
+
+    def annotate(self, batch: Batch, queries: Any = None) -> Batch:
+        return judged(batch)
+
+
+def text_reward(verifier: str, text: str, answer: str, metadata: str) -> float:
+    """F1 times validity of a response's text, as evaluations judge: see `raysys.methods.calibadv_text.reward`."""
+    return reward(text, accepted(answer, "a held-out question"))
 
 
 def thinking(text: str) -> str:

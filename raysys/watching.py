@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raysys.config.agents import SearchAgentConfig
 from raysys.config.runs import GopdConfig, HpdConfig, SftConfig
 from raysys.errors import ConfigError
 from raysys.job import Session
@@ -18,7 +19,7 @@ from raysys.runtime import waits
 
 _STALE_SECONDS = 15.0
 
-Trains = GopdConfig | SftConfig | HpdConfig
+Trains = GopdConfig | SftConfig | HpdConfig | SearchAgentConfig
 
 
 def scorer_ranks(config: Trains) -> int:

@@ -9,6 +9,7 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 
+from raysys.agent_watch import Watched, history
 from raysys.assembly import (
     Hardware,
     Pushes,
@@ -25,8 +26,18 @@ from raysys.assembly import (
     start_all,
     tell_bad_rows,
 )
-from raysys.checks import check_evaluate, check_generate, check_gopd, check_hpd, check_sft, local_or_id, shared_vocabulary
+from raysys.checks import (
+    check_evaluate,
+    check_generate,
+    check_gopd,
+    check_hpd,
+    check_search_agent,
+    check_sft,
+    local_or_id,
+    shared_vocabulary,
+)
 from raysys.colocate import TurningPusher, TurningTrainer, lodger
+from raysys.config.agents import SearchAgentConfig
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, SftConfig
 from raysys.data.stream import PromptStream
 from raysys.evaluation.during import NoEvaluation
@@ -39,7 +50,9 @@ from raysys.rollout.pool import RolloutPool
 from raysys.rollout.recorded import Recorder, Replay, Takes
 from raysys.rollout.source import OnPolicySource
 from raysys.rollout.spec import Sampling
+from raysys.search_agent import Judge, episodes_of, text_reward
 from raysys.supervised import DataSource, Doubts, NoPush, NoScorers
+from raysys.training.calibrated import CalibAdvObjective
 from raysys.training.hybrid import HpdObjective
 from raysys.training.objectives import GopdObjective, Objective, SftObjective
 from raysys.watching import Usage, scorer_ranks, status
@@ -51,11 +64,13 @@ __all__ = [
     "check_generate",
     "check_gopd",
     "check_hpd",
+    "check_search_agent",
     "check_sft",
     "run_evaluate",
     "run_generate",
     "run_gopd",
     "run_hpd",
+    "run_search_agent",
     "run_sft",
 ]
 
@@ -96,6 +111,29 @@ def run_gopd(config: GopdConfig, session: Session) -> None:
         log.info(usage.summary())
 
 
+def run_search_agent(config: SearchAgentConfig, session: Session) -> None:
+    """GRPO on episodes that search: rollouts and trainer side by side, rewards from what the episodes say of themselves."""
+    engines = config.rollout.fewest * config.rollout.tensor_parallel
+    hardware = Hardware.choose(config, config.trainer.dtype, engines + config.trainer.ranks)
+    student, objective = local_or_id(config.student), CalibAdvObjective.of(config)
+    with ExitStack() as stack:
+        trainer = stack.enter_context(open_trainer(config, student, objective, hardware, session.folder))
+        pool = stack.enter_context(open_pool(config, student, hardware, session.folder, episodes=episodes_of(config)))
+        start_all(trainer=trainer.start, rollout=pool.start)
+        source = _on_policy(config, session, pool, student, stack)
+        pusher = open_pusher(config, trainer, pool, student)
+        resume(session, trainer, source)
+        pusher.push(session.ledger.step)
+        evaluator = open_evaluator(config, session, pool, trainer, student, before=None, judge=text_reward)
+        usage = Usage(pool, config)
+        metrics = open_metrics(config, session, stack, usage)
+        watched = Watched(objective, metrics, history(session.folder), config.stop_on_collapse)
+        parts = Parts(source, Judge(), watched, trainer, Pushes(pusher), session.ledger, evaluator, watched)
+        stack.enter_context(Live(session.folder, session.job, lambda: status(config, session, parts, pool, source)))
+        finish(config, session, parts, trainer, max_age=config.max_age)
+        log.info(usage.summary())
+
+
 def _generate_only(config: GopdConfig, session: Session) -> None:
     """The source alone, for as many steps as the run would have."""
     student = local_or_id(config.student)
@@ -110,7 +148,7 @@ def _generate_only(config: GopdConfig, session: Session) -> None:
     session.ledger.finish(config.steps)
 
 
-def _on_policy(config: GopdConfig, session: Session, pool: RolloutPool, student: str, stack: ExitStack) -> Takes:
+def _on_policy(config: GopdConfig | SearchAgentConfig, session: Session, pool: RolloutPool, student: str, stack: ExitStack) -> Takes:
     stream = PromptStream(config.data, student, config.seed, config.max_prompt_tokens, config.max_response_tokens)
     stack.callback(tell_bad_rows, stream)
     source = OnPolicySource(

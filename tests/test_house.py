@@ -17,7 +17,7 @@ ROOMS = {"data", "rollout", "scoring", "training", "weights"}
 LOW = {"methods", "models", "config", "batch", "runtime", "errors", "files", "memory", "processes", "tasks"}
 FREE = {
     *("loop", "wiring", "assembly", "studies", "compression", "cli", "plan", "doctor", "submit", "stages", "pipeline", "job", "jobs"),
-    *("watching", "supervise", "supervised", "compare", "colocate", "checks", "generation", "search_agent"),
+    *("watching", "supervise", "supervised", "compare", "colocate", "checks", "generation", "search_agent", "agent_watch"),
 }
 """Who may import what it likes: these wire rooms together, or stand outside of a run."""
 

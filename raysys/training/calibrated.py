@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from raysys.batch import Batch, Ragged
+from raysys.config.agents import SearchAgentConfig
 from raysys.errors import DataError
 from raysys.training.objectives import Micro, Outputs
 
@@ -38,6 +39,18 @@ class CalibAdvObjective:
     asks: tuple[str, ...] = ()
     weighting: Literal["token", "sequence"] = "token"
 
+    @classmethod
+    def of(cls, config: SearchAgentConfig) -> CalibAdvObjective:
+        calibrated = config.advantage == "calibadv"
+        return cls(
+            soft_penalty=calibrated and config.soft_penalty,
+            rebalance=config.rebalance if calibrated else None,
+            form=config.step_scores,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            importance_cap=config.importance_cap,
+        )
+
     def queries(self, trainer: Any, batch: Batch) -> None:
         return None
 
@@ -47,31 +60,35 @@ class CalibAdvObjective:
         Raises:
             DataError: the rows are no episodes, or have no reward.
         """
-        import torch
-
         from raysys.methods.calibadv import calibrate
+
+        given = self.given(batch)
+        made = calibrate(**given, rebalance=self.rebalance, soft_penalty=self.soft_penalty)
+        offsets = batch.ragged("response_ids").offsets
+        real = np.arange(made.shape[1])[None, :] < np.diff(offsets)[:, None]
+        return batch.with_columns(advantages=Ragged(made.numpy()[real].astype(np.float32), offsets))
+
+    def given(self, batch: Batch) -> dict[str, Any]:
+        """The first five arguments of `raysys.methods.calibadv.calibrate`, by name. Raises DataError."""
+        import torch
 
         missing = [name for name in ("runs", "episode", "reward") if name not in batch]
         if missing:
             raise DataError(f"CalibAdv needs episodes with rewards; the batch has no column {missing[0]}")
-        runs, responses = batch.ragged("runs"), batch.ragged("response_ids")
+        runs = batch.ragged("runs")
         turns = [json.loads(text)["turns"] for text in batch.strings("episode")]
         _, groups = np.unique(np.array(batch.strings("prompt_id")), return_inverse=True)
         rewards = torch.from_numpy(batch.numbers("reward").astype(np.float32))
         lengths = np.diff(runs.offsets)
         padded = np.full((len(batch), int(lengths.max(initial=0))), -1, np.int64)
         padded[np.arange(padded.shape[1])[None, :] < lengths[:, None]] = runs.values
-        made = calibrate(
-            rewards,
-            torch.from_numpy(groups),
-            torch.from_numpy(padded),
-            torch.tensor([len(one) for one in turns]),
-            self._scores(turns, groups, rewards.tolist()),
-            self.rebalance,
-            self.soft_penalty,
-        )
-        values = made.numpy()[np.arange(padded.shape[1])[None, :] < lengths[:, None]]
-        return batch.with_columns(advantages=Ragged(values.astype(np.float32), responses.offsets))
+        return {
+            "rewards": rewards,
+            "groups": torch.from_numpy(groups),
+            "runs": torch.from_numpy(padded),
+            "run_counts": torch.tensor([len(one) for one in turns]),
+            "step_scores": self._scores(turns, groups, rewards.tolist()),
+        }
 
     def _scores(self, turns: list[list[dict[str, Any]]], groups: np.ndarray, rewards: list[float]) -> Tensor:
         """[B, S] of the batch's rows."""
