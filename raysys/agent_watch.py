@@ -55,7 +55,7 @@ class Watched:
 
 
 def facts(objective: CalibAdvObjective, batch: Batch) -> dict[str, float]:
-    """Of judged episodes. Shares: `exact_match`, `valid`, `answered`, `invalid_action`, `high_ppl`, and `loss_tokens` of the response tokens;
+    """Of judged episodes. Shares: `exact_match`, `valid`, `answered`, `invalid_action`, `high_ppl`, and `loss_tokens` of all tokens;
     means: `searches`, `turns`; and those of `raysys.methods.calibadv_metrics.calibration_metrics` that are numbers.
     """
     import torch
