@@ -127,7 +127,7 @@ class Engine:
         meter.read(tally)
 
     def _loss(self, micro: MicroBatch) -> tuple[Tensor, Outputs, Tensor, dict[str, Any]]:
-        """What to back-propagate, the student's answers, the loss and metrics. Where the loss is a sum over tokens its gradient is made on the way."""
+        """What to back-propagate, the answers, the loss, metrics. Where it is a sum over tokens its gradient is made on the way."""
         objective, asked = self.spec.objective, {"query_ids": micro.queries, "entropy": True}
         if micro.separable:
             target, logprobs, entropy = self._forward(micro.inputs, **asked, slope=micro.slope)
