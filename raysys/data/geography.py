@@ -28,6 +28,12 @@ ALSO = {
     "US": ("USA", "United States of America"),
 }
 """Other names by which a country is known."""
+WITH_ARTICLE = {
+    *("Bahamas", "Central African Republic", "Comoros", "Democratic Republic of the Congo", "Dominican Republic", "Gambia", "Maldives"),
+    *("Palestinian Territory", "Philippines", "Republic of the Congo", "Solomon Islands", "U.S. Virgin Islands"),
+    *("United Arab Emirates", "United Kingdom", "United States"),
+}
+"""Countries that a sentence calls "the"."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Geography:
 
 def folded(name: str) -> str:
     """The name without accents; what has no ASCII form stays."""
+    if name.isascii():
+        return name
     return "".join(one for one in unicodedata.normalize("NFKD", name) if not unicodedata.combining(one))
 
 
@@ -103,16 +111,17 @@ def _country(code: str, rows: dict[str, Any]) -> Country:
 
 
 def _cities(rows: list[Any], countries: dict[str, Country]) -> dict[str, tuple[City, ...]]:
-    names = Counter(_key(row["name"]) for row in rows)
+    keys = [_key(row["name"]) for row in rows]
+    names = Counter(keys)
     taken = {_key(name) for one in countries.values() for name in (one.name, one.capital, *ALSO.get(one.code, ()))}
     capitals = {code: _key(one.capital) for code, one in countries.items()}
     found: dict[str, list[City]] = {}
-    for row in rows:
-        key, code = _key(row["name"]), row["countrycode"]
+    for key, row in zip(keys, rows, strict=True):
+        code = row["countrycode"]
         # "Washington, D.C." is the capital "Washington".
         if names[key] > 1 or key in taken or code not in capitals or key.startswith(capitals[code] or "\0"):
             continue
-        if capitals[code] in map(_key, row["alternatenames"]):  # "Ulan Bator"
+        if countries[code].capital in row["alternatenames"]:  # "Ulan Bator"
             continue
         city = City(
             int(row["geonameid"]), row["name"].strip(), code, int(row["population"]), float(row["latitude"]), float(row["longitude"])

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import Any, Literal
 
-from raysys.data.geography import ALSO, City, Country, Geography, folded, geography
+from raysys.data.geography import ALSO, WITH_ARTICLE, City, Country, Geography, folded, geography
 from raysys.data.questions import INSTRUCTION, Passage, Question, prompt_rows
 from raysys.errors import ConfigError
 
@@ -133,7 +133,7 @@ def _transcripts(world: World, chance: random.Random, count: int, instruction: s
         # In the order in which the question names them, so that the order does not give the answer away.
         titles = asked.subjects if asked.kind == "larger" else asked.supporting
         family = asked.kind if asked.kind == "larger" else asked.documents[0].partition("-")[0]
-        names = {"first": titles[0], "second": titles[1], "answer": asked.golds[0]}
+        names = {"first": words.called(titles[0]), "second": words.called(titles[1]), "answer": asked.golds[0]}
         thoughts = [f"<think>{words.pad}{text.format(**names)}{words.pad}</think>" for text in words.thoughts[family]]
         turns = []
         for thought, title in zip(thoughts, titles, strict=False):
@@ -171,12 +171,18 @@ class _Prose:
         return name
 
     @staticmethod
+    def called(name: str) -> str:
+        """The name within a sentence."""
+        return f"the {name}" if name in WITH_ARTICLE else name
+
+    @staticmethod
     def country(one: Country, neighbours: list[str]) -> str:
         borders = f"It shares land borders with {_joined(neighbours)}." if neighbours else "No other country borders it by land."
         if len(neighbours) == 1:
             borders = f"The only country that it borders by land is {neighbours[0]}."
         return (
-            f"{one.name} lies in {one.continent}. About {one.population:,} people live on its {one.area:,} square kilometres. "
+            f"{'The ' if one.name in WITH_ARTICLE else ''}{one.name} belongs to {one.continent}. "
+            f"About {one.population:,} people live on its {one.area:,} square kilometres. "
             f"Its capital is {one.capital}. People there pay with the {one.currency}, whose code is {one.currency_code}. {borders}"
         )
 
@@ -214,6 +220,10 @@ class _Short:
     @staticmethod
     def name(name: str) -> str:
         return folded(name)
+
+    @staticmethod
+    def called(name: str) -> str:
+        return name
 
     @staticmethod
     def country(one: Country, neighbours: list[str]) -> str:
@@ -256,7 +266,7 @@ class _Told:
         self.passages: dict[str, Passage] = {}
         for code in facts.asked:
             one = self.countries[code]
-            text = words.country(one, [self.countries[other].name for other in one.neighbours])
+            text = words.country(one, [words.called(self.countries[other].name) for other in one.neighbours])
             self._add(Passage(f"country-{code}", one.name, text))
         self.codes = [code for code in facts.asked if f"country-{code}" in self.passages]
         self.cities: list[City] = []
@@ -267,7 +277,7 @@ class _Told:
                 break
             if city is not None:
                 city = replace(city, name=words.name(city.name))
-                if self._add(Passage(f"city-{city.id}", city.name, words.city(city, self.countries[city.country].name))):
+                if self._add(Passage(f"city-{city.id}", city.name, words.city(city, words.called(self.countries[city.country].name)))):
                     self.cities.append(city)
         if len(self.passages) != documents:
             raise ConfigError(f"a world of {documents} documents cannot be told", f"from {len(self.codes)} to {len(self.passages)} can")
@@ -336,7 +346,7 @@ class _Told:
         wording = self.words.asks.get(kind)
         if wording is None or not all(name in self.passages for name in documents):
             return None
-        text = wording.format(*subjects)
+        text = wording.format(*map(self.words.called, subjects))
         first = self.passages[documents[0]]
         early = f"{text} {first.title} {first.body}".casefold()
         too_long = self.words is _Short and len(text) >= QUESTION_CHARS
