@@ -25,6 +25,7 @@ from raysys.models.causal import load_causal, response_logprobs
 from raysys.training.hybrid import uniforms
 from raysys.training.meter import Meter
 from raysys.training.micro import MicroBatch
+from raysys.training.objectives import Outputs
 from raysys.training.rows import Inputs, Rows
 from raysys.training.schedule import learning_rate
 from raysys.training.spec import Share, Tally, TrainerSpec
@@ -112,21 +113,21 @@ class Engine:
                 loss, target, part = torch.zeros(()), self._forward(inputs).sum(), 0.0
             else:
                 before = None if old is None else torch.from_numpy(np.concatenate([old[int(row)] for row in pack])).to(self.device)
-                target, loss, metrics = self._loss(MicroBatch(self.spec.objective, inputs, rows.micro(pack), before))
+                target, outputs, loss, metrics = self._loss(MicroBatch(self.spec.objective, inputs, rows.micro(pack), before))
                 tokens = int(rows.trained[pack].sum())
                 part = tokens / share.tokens
                 if self.spec.objective.weighting == "sequence":
                     part = len(pack) / share.sequences
                 meter.part("loss", loss * (part * weight))
-                meter.add(metrics, tokens)
+                meter.add({"entropy": (outputs.entropy.sum(), outputs.mask.sum()), **metrics}, tokens)
             losses.append(loss)
             self.engine.set_gradient_accumulation_boundary(index + 1 == len(packs))
             self.engine.backward(target * (part * self.world), scale_wrt_gas=False)
         self._check_losses(losses, packs, rows)
         meter.read(tally)
 
-    def _loss(self, micro: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """What to back-propagate, the loss and metrics. Where the loss is a sum over tokens its gradient is made on the way."""
+    def _loss(self, micro: MicroBatch) -> tuple[Tensor, Outputs, Tensor, dict[str, Any]]:
+        """What to back-propagate, the answers, the loss, metrics. Where it is a sum over tokens its gradient is made on the way."""
         objective, asked = self.spec.objective, {"query_ids": micro.queries, "entropy": True}
         if micro.separable:
             target, logprobs, entropy = self._forward(micro.inputs, **asked, slope=micro.slope)
@@ -134,8 +135,7 @@ class Engine:
             target, (logprobs, entropy) = None, self._forward(micro.inputs, **asked)
         outputs = micro.outputs(logprobs, entropy.detach())
         loss, metrics = objective.loss(outputs, micro.micro)
-        metrics = {"entropy": (outputs.entropy.sum(), outputs.mask.sum()), **metrics}
-        return loss if target is None else target, loss.detach(), metrics
+        return loss if target is None else target, outputs, loss.detach(), metrics
 
     def _forward(self, inputs: Inputs, **asked: Any) -> Any:
         return response_logprobs(
