@@ -26,7 +26,7 @@ from raysys.rollout.members import Member
 from raysys.rollout.results import Result, attach
 from raysys.rollout.spec import Harvest, RolloutSpec, Sampling
 from raysys.rollout.worker import RolloutWorker
-from raysys.runtime import get, waiting
+from raysys.runtime import died, get, waiting
 
 log = logging.getLogger(__name__)
 
@@ -281,7 +281,7 @@ class RolloutPool:
         try:
             said = get(ref, timeout=self._deadlines.heartbeat, actor=member.name, operation=operation, knob=knob)
         except RaysysError as error:
-            if not self._crew.started:
+            if not self._crew.started and not died(error):  # what it says of itself others would say as well; a death is its own
                 raise
             self._crew.lose(member, error.message)
             return

@@ -127,6 +127,13 @@ def tied(place: Workplace) -> Path:
     return place.run("sft", "tied", sft(True, {"add": ADD, "rev": REV}, steps=5))
 
 
+@pytest.fixture(scope="module")
+def other(place: Workplace) -> Path:
+    """A teacher unlike the student: of one that is the student, gradients are nothing but rounding, which Adam scales up."""
+    new_causal(NewModel(**SMALL, tied=True), place.folder / "other" / "export", seed=3)
+    return place.folder / "other"
+
+
 def test_the_student_moves_towards_its_teacher(place: Workplace, base: Path, teacher: Path) -> None:
     held_out = {"rows": 32, "data": {"source": {"split": "choose", "domains": {"rev": REV}}}}
     run = place.run("gopd", "learn", gopd(base, {"rev": teacher}, {"rev": REV}, steps=60, evaluation=held_out))
@@ -175,13 +182,11 @@ def test_the_export_gives_the_same_answers_in_stock_transformers_and_stock_vllm(
     assert json.loads(answers[0].removeprefix("ANSWERS ")) == mine
 
 
-def test_kill_nine_of_anything_changes_nothing(place: Workplace, tied: Path) -> None:
+def test_kill_nine_of_anything_changes_nothing(place: Workplace, tied: Path, other: Path) -> None:
     """Two teachers, tied embeddings, ExOPD. All of the run is killed at once, then one part after another, and it goes on by itself.
 
     The undisturbed run is a colocated one: where engine and trainer live changes nothing either.
     """
-    other = place.folder / "other"
-    new_causal(NewModel(**SMALL, tied=True), other / "export", seed=3)
     config = gopd(tied, {"add": tied, "rev": other}, {"add": ADD, "rev": REV}, reward_scale=1.25, reference=str(tied / "export"))
     config |= {"steps": 24, "checkpoint_every": 2, "batch": 32}
     calm = place.run("gopd", "calm", config, "colocate=true")
@@ -213,11 +218,11 @@ def test_kill_nine_of_anything_changes_nothing(place: Workplace, tied: Path) -> 
     assert max(step["parity_gap"] for step in place.metrics("calm")) < 1e-4
 
 
-def test_another_layout_on_recorded_rollouts_trains_the_same(place: Workplace, tied: Path) -> None:
+def test_another_layout_on_recorded_rollouts_trains_the_same(place: Workplace, tied: Path, other: Path) -> None:
     """Two engines and one trainer rank record; two ranks and no engine train on that; asynchronous, so that ages are in it."""
     from raysys.compare import differences
 
-    config = gopd(tied, {"rev": tied}, {"rev": REV}, steps=6)
+    config = gopd(tied, {"rev": other}, {"rev": REV}, steps=6)
     config |= {"batch": 32, "max_age": 2, "checkpoint_every": 3}
     recorded = place.folder / "recording"
     live = place.run("gopd", "live", config | {"rollout": {"record": str(recorded), "workers": 2}})

@@ -61,10 +61,12 @@ def cluster(ray_head):
     ray.shutdown()
 
 
-def pool(workers: int | str, retries: int = 2, release_after: float | None = None, **deadlines: float) -> RolloutPool:
+def pool(
+    workers: int | str, retries: int = 2, release_after: float | None = None, worker: type = Echo, **deadlines: float
+) -> RolloutPool:
     config = Rollout(workers=workers, retries=retries, release_after=release_after)
     spec = RolloutSpec(model="m", device="cpu", dtype="float32", max_model_len=32, config=config)
-    return RolloutPool(config, spec, Deadlines(**{"placement": 60.0, "start": 120.0, "generate": 60.0} | deadlines), worker=Echo)
+    return RolloutPool(config, spec, Deadlines(**{"placement": 60.0, "start": 120.0, "generate": 60.0} | deadlines), worker=worker)
 
 
 def prompts(firsts: list[int]) -> Batch:
@@ -123,6 +125,31 @@ def test_a_prompt_that_kills_its_worker_is_given_up_and_the_others_are_not_lost(
         assert [result.ticket for result in dead] == tickets[:1] and len(dead[0].causes) == 3
         assert all("died during 'generate'" in cause for cause in dead[0].causes)
         assert sorted(result.ticket for result in inbox) == tickets and group.lost == 3
+
+
+class Late(Echo):
+    """The first of them dies while it starts."""
+
+    async def start(self) -> dict:
+        if self.rank == 0:
+            os._exit(1)
+        return await super().start()
+
+
+class Never(Echo):
+    async def start(self) -> dict:
+        os._exit(1)
+
+
+def test_a_worker_that_dies_while_the_run_starts_is_replaced_and_if_all_do_the_run_ends():
+    with pool(1, worker=Late) as group:
+        group.start()
+        assert len(group.generate(prompts([5, 6]), SAMPLING)) == 2 and group.lost == 1
+    with (
+        pool(1, worker=Never) as group,
+        pytest.raises(InfrastructureError, match="4 rollout workers were lost with no sample in between, .*died during 'start'"),
+    ):
+        group.start()
 
 
 def test_workers_that_die_with_no_sample_in_between_end_the_run():
