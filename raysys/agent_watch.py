@@ -11,7 +11,7 @@ import numpy as np
 from raysys.batch import Batch
 from raysys.errors import NumericsError
 from raysys.files import read_json_lines
-from raysys.search_agent import exact, played
+from raysys.search_agent import exact, f1, played
 from raysys.training.calibrated import CalibAdvObjective
 
 WELL = 0.1
@@ -55,32 +55,52 @@ class Watched:
 
 
 def facts(objective: CalibAdvObjective, batch: Batch) -> dict[str, float]:
-    """Of judged episodes. Shares: `exact_match`, `valid`, `answered`, `invalid_action`, `high_ppl`, and `loss_tokens` of all tokens;
-    means: `searches`, `turns`; and those of `raysys.methods.calibadv_metrics.calibration_metrics` that are numbers.
+    """Of judged episodes: `behaviour`, `loss_tokens` (share of all tokens that is trained on), and those of
+    `raysys.methods.calibadv_metrics.calibration_metrics` that are numbers.
     """
-    import torch
+    from raysys.methods.calibadv_metrics import calibration_metrics
 
-    from raysys.methods.calibadv_metrics import calibration_metrics, high_ppl, run_perplexity
-
-    given, turns = objective.given(batch), played(batch)
-    runs = given["runs"]
-    logprobs = torch.zeros(runs.shape)
-    real = torch.from_numpy(np.arange(runs.shape[1])[None, :] < batch.lengths("response_ids")[:, None])
-    logprobs[real] = torch.from_numpy(batch.ragged("rollout_logprobs").values.copy())
-    invalid = torch.tensor([any(turn["action"] == "invalid" for turn in one) for one in turns])
     tokens = max(1, int(batch.lengths("response_ids").sum()))
-    told = {
+    told = behaviour(batch) | {"loss_tokens": float(batch.trained.sum()) / tokens}
+    told |= calibration_metrics(**objective.given(batch), rebalance=objective.rebalance, soft_penalty=objective.soft_penalty)
+    return {name: value for name, value in told.items() if np.isfinite(value)}
+
+
+def behaviour(batch: Batch) -> dict[str, float]:
+    """Of episodes. Shares: `exact_match`, `valid`, `answered`, `invalid_action`, `high_ppl`; means: `searches`, `turns`."""
+    turns = played(batch)
+    return {
         "exact_match": float(np.mean(exact(batch))),
         "valid": float(np.mean([bool(one) and bool(one[-1].get("valid")) for one in turns])),
         "answered": float(np.mean([bool(one) and "answer" in one[-1] for one in turns])),
-        "invalid_action": float(invalid.float().mean()),
+        "invalid_action": float(np.mean([_invalid(one) for one in turns])),
         "searches": float(np.mean([sum("doc_ids" in turn for turn in one) for one in turns])),
         "turns": float(np.mean([len(one) for one in turns])),
-        "loss_tokens": float(batch.trained.sum()) / tokens,
-        "high_ppl": high_ppl(run_perplexity(logprobs, runs, given["run_counts"]), invalid),
+        "high_ppl": _high_ppl(batch, turns),
     }
-    told |= calibration_metrics(**given, rebalance=objective.rebalance, soft_penalty=objective.soft_penalty)
-    return {name: value for name, value in told.items() if np.isfinite(value)}
+
+
+def measured(batch: Batch) -> dict[str, float]:
+    """What an evaluation tells of episodes: `f1` of the answers, whatever the form of the episodes, and some of `behaviour`."""
+    found = behaviour(batch)
+    return {"f1": float(np.mean(f1(batch)))} | {name: found[name] for name in ("exact_match", "searches", "high_ppl", "valid", "answered")}
+
+
+def _invalid(turns: Sequence[dict[str, Any]]) -> bool:
+    return any(turn["action"] == "invalid" for turn in turns)
+
+
+def _high_ppl(batch: Batch, turns: Sequence[Sequence[dict[str, Any]]]) -> float:
+    import torch
+
+    from raysys.methods.calibadv_metrics import high_ppl, run_perplexity
+
+    runs, real = batch.ragged("runs").padded(fill=-1)
+    logprobs = torch.zeros(runs.shape)
+    logprobs[torch.from_numpy(real)] = torch.from_numpy(batch.ragged("rollout_logprobs").values.copy())
+    counts = torch.tensor([len(one) for one in turns])
+    perplexity = run_perplexity(logprobs, torch.from_numpy(runs), counts)
+    return high_ppl(perplexity, torch.tensor([_invalid(one) for one in turns]))
 
 
 def history(folder: Path) -> list[dict[str, Any]]:

@@ -199,6 +199,8 @@ def open_evaluator(
     before: Callable[[int], Any] | None,
     label: str | None = None,
     judge: Callable[[str, str, str, str], float] = score,
+    measure: Callable[[Batch], dict[str, float]] | None = None,
+    headline: str | None = None,
 ) -> Any:
     part = config.evaluation
     if part is None:
@@ -221,6 +223,8 @@ def open_evaluator(
         export=None if trainer is None else trainer.export,
         before=before,
         label=label,
+        measure=measure,
+        headline=headline,
         facts={"split": part.data.source.split if part.data.source else part.data.path, "model": tokenizer},
     )
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from raysys import search_agent
-from raysys.config.agents import SearchAgentConfig
+from raysys.config.agents import QuestionsConfig, SearchAgentConfig
 from raysys.config.parts import Data
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, SftConfig
 from raysys.data.preflight import check_context, check_vocabularies, preflight, shared_ids
@@ -37,7 +37,17 @@ def check_search_agent(config: SearchAgentConfig) -> None:
     _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
     if config.evaluation is not None:
         _check_data(config.evaluation.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
-    asyncio.run(search_agent.reachable(search_agent.settings_of(config)))
+    if config.search.corpus is not None and not Path(config.search.corpus).is_file():
+        raise ConfigError(f"search.corpus={config.search.corpus} is no file", "check the path")
+    if config.search.url is not None:
+        asyncio.run(search_agent.reachable(search_agent.settings_of(config)))
+
+
+def check_questions(config: QuestionsConfig) -> None:
+    """Raises ConfigError: a question file is missing."""
+    for path in [*config.files.train, *config.files.test] if config.files else []:
+        if not Path(path).is_file():
+            raise ConfigError(f"question file {path} is no file", "check files.train and files.test")
 
 
 def check_sft(config: SftConfig) -> None:

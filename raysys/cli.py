@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="raysys")
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="parameters, memory by part, placement, and what does not fit; starts nothing")
-    plan.add_argument("config", help="YAML of a gopd, hpd, sft, generate or evaluate job, or of a pipeline of these")
+    plan.add_argument("config", help="YAML of a gopd, hpd, search_agent, sft, generate or evaluate job, or of a pipeline of these")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.add_argument(
         "--device", choices=("gpu", "cpu"), help="plan for it (default: the config's; auto: gpu, but cpu for models below 100 M)"
@@ -64,13 +64,15 @@ def _configs(path: Path, overrides: Sequence[str]) -> list[tuple[str, Run]]:
     from raysys import pipeline
 
     planned = pipeline.plan(path, overrides, Path("runs").absolute())
-    return [(f"{stage.name} ({stage.job})", stage.config) for stage in planned.stages if stage.same_as is None]
+    return [(f"{stage.name} ({stage.job})", stage.config) for stage in planned.stages if stage.same_as is None and stage.job != "questions"]
 
 
 def job_of(values: dict[str, object], path: Path = Path()) -> str:
     """Which job a config is for: by the keys that only this job has, or the folder of examples that it lies in. Raises ConfigError."""
     if path.parent.name in CONFIGS and "stages" not in values:
         return path.parent.name
+    if "search" in values:
+        return "search_agent"
     if "teachers" in values and {"loss", "use_student_sample", "use_reinforce"} & values.keys():
         return "hpd"
     for job, key in (("pipeline", "stages"), ("gopd", "teachers"), ("evaluate", "models"), ("sft", "data")):
@@ -78,7 +80,8 @@ def job_of(values: dict[str, object], path: Path = Path()) -> str:
             # Who has teachers and nobody to teach wants their answers; a misspelt student is not nobody.
             return "generate" if key == "teachers" and not difflib.get_close_matches("student", list(values)) else job
     raise ConfigError(
-        "this file is no config of gopd, hpd, sft, generate, evaluate or pipeline", "it has none of the keys stages, teachers, models, data"
+        "this file is no config of gopd, hpd, search_agent, sft, generate, evaluate or pipeline",
+        "it has none of the keys stages, teachers, models, data",
     )
 
 

@@ -24,6 +24,9 @@ from raysys.errors import ConfigError
 OWN_KEYS = ("name", "run_dir", "seed", "device", "title")
 """Overrides with these keys are the pipeline's; all others go to its main stages."""
 
+_EVALUATING = ("evaluate", "search_agent")
+"""Jobs whose evaluations are a pipeline's table."""
+
 _REFERENCE = re.compile(r"\$\{([A-Za-z0-9_.-]+)(:run)?\}")
 
 
@@ -156,12 +159,12 @@ def write_config(stage: Planned, folder: Path) -> Path:
 
 
 def comparison(stages: Sequence[Planned]) -> dict[str, Any] | None:
-    """Accuracy by label and domain from the evaluate stages, or None if nothing is evaluated yet.
+    """Accuracy by label and domain, and other measures, from the stages that evaluate; None if nothing is evaluated yet.
 
     Stages that measure on another split than the last one stay out: numbers from different tasks do not belong in one table.
     """
     evaluated = [
-        (stage, records) for stage in stages if stage.job == "evaluate" and (records := _records(stage.run_dir / "evaluation.jsonl"))
+        (stage, records) for stage in stages if stage.job in _EVALUATING and (records := _records(stage.run_dir / "evaluation.jsonl"))
     ]
     if not evaluated:
         return None
@@ -169,9 +172,11 @@ def comparison(stages: Sequence[Planned]) -> dict[str, Any] | None:
     rows: dict[str, dict[str, Any]] = {}
     for stage, records in evaluated:
         if _split(stage) == split:
-            rows |= {record["label"]: record["domains"] for record in records}
-    columns = sorted({domain for domains in rows.values() for domain in domains})
-    return {"split": split, "columns": columns, "rows": [{"label": label, "domains": domains} for label, domains in rows.items()]}
+            rows |= {
+                one["label"]: {"label": one["label"], "domains": one["domains"], "measures": one.get("measures", {})} for one in records
+            }
+    columns = sorted({domain for row in rows.values() for domain in row["domains"]})
+    return {"split": split, "columns": columns, "rows": list(rows.values())}
 
 
 def _split(stage: Planned) -> str:
@@ -184,9 +189,17 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def table(facts: Mapping[str, Any]) -> str:
-    """A comparison as text: one row a model, mean and 95 % interval a domain."""
-    head = ["", *facts["columns"]]
-    body = [[row["label"], *(_cell(row["domains"].get(column)) for column in facts["columns"])] for row in facts["rows"]]
+    """A comparison as text: one row a model, mean and 95 % interval a domain, and other measures where there are any."""
+    measures = list(dict.fromkeys(name for row in facts["rows"] for name in row.get("measures", {})))
+    head = ["", *facts["columns"], *measures]
+    body = [
+        [
+            row["label"],
+            *(_cell(row["domains"].get(column)) for column in facts["columns"]),
+            *(f"{row['measures'][name]:.3f}" if name in row.get("measures", {}) else "-" for name in measures),
+        ]
+        for row in facts["rows"]
+    ]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *body]]
     return "\n".join([f"accuracy on split '{facts['split']}', mean [95 % interval]", *lines])

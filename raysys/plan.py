@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import TYPE_CHECKING, Literal
 
+from raysys.config.agents import SearchAgentConfig
 from raysys.config.parts import Rollout, Scoring, Trainer
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, OnData, Run, SftConfig
 from raysys.errors import ConfigError
@@ -147,8 +148,17 @@ def estimate(config: Run, device: Device) -> Estimate:
         return Estimate(
             models, places, device, tokens if config.evaluation else {name: tokens[name] for name in tokens if name == "training"}
         )
+    if isinstance(config, SearchAgentConfig):
+        student = shape_of(config.student, scratch)
+        places = [
+            rollout_place(config.rollout, student, _length(config), device),
+            trainer_place(config.trainer, student, config.weights.bucket_mib << 20, device),
+        ]
+        return Estimate({"student": student}, places, device, bounds(student, config.rollout, config.trainer, _length(config), device))
     if not isinstance(config, GopdConfig):
-        raise ConfigError(f"no plan for {type(config).__name__}", "plan takes configs of gopd, hpd, sft, generate and evaluate")
+        raise ConfigError(
+            f"no plan for {type(config).__name__}", "plan takes configs of gopd, hpd, search_agent, sft, generate and evaluate"
+        )
     names = {"student": config.student} | {f"teacher {tag}": name for tag, name in config.teachers.items()}
     if config.reward_scale != 1 and config.reference is not None:
         names["reference"] = config.reference
@@ -163,7 +173,7 @@ def estimate(config: Run, device: Device) -> Estimate:
     return Estimate(models, places, device, bounds(student, config.rollout, config.trainer, _length(config), device))
 
 
-def _length(config: GopdConfig | OnData | EvaluateConfig | GenerateConfig) -> int:
+def _length(config: GopdConfig | SearchAgentConfig | OnData | EvaluateConfig | GenerateConfig) -> int:
     return config.max_prompt_tokens + config.max_response_tokens
 
 

@@ -7,12 +7,17 @@ decoupled opener).
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raysys.batch import Batch
 from raysys.config.agents import SearchAgentConfig
+from raysys.data.questions import Passage
 from raysys.errors import DataError
 from raysys.methods.calibadv_text import END_MARKERS, NOTICE, Action, action, answer_f1, escape_tags, exact_match, format_valid, reward
 from raysys.retrieval.client import SearchClient, SearchSettings
@@ -101,7 +106,7 @@ def settings_of(config: SearchAgentConfig) -> SearchSettings:
     """The client's settings that a run asks for."""
     part = config.search
     return SearchSettings(
-        url=part.url,
+        url=part.url or "",
         topk=part.topk,
         candidates=part.candidates,
         timeout=part.timeout,
@@ -112,9 +117,60 @@ def settings_of(config: SearchAgentConfig) -> SearchSettings:
     )
 
 
-def episodes_of(config: SearchAgentConfig) -> EpisodeSpec:
-    made = SearchEnvironments(settings_of(config), config.opener, config.search.document_chars)
+def episodes_of(config: SearchAgentConfig, own: Searcher | None = None) -> EpisodeSpec:
+    """Episodes that ask the service of `search.url`, or the run's own search."""
+    connect = SearchClient if own is None else Given(own)
+    made = SearchEnvironments(settings_of(config), config.opener, config.search.document_chars, connect)
     return EpisodeSpec(made, config.generations, config.turn_tokens)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Gives every worker the same searcher."""
+
+    searcher: Searcher
+
+    def __call__(self, settings: SearchSettings) -> Searcher:
+        return self.searcher
+
+
+def finder(corpus: Path, topk: int) -> Callable[[str], list[Passage]]:
+    """What an episode's search over a corpus shows for a query."""
+    from raysys.retrieval.documents import from_contents
+    from raysys.retrieval.search import IndexSettings, LocalSearch
+
+    search = LocalSearch(IndexSettings(corpus=str(corpus), topk=topk))
+
+    def find(query: str) -> list[Passage]:
+        found = [from_contents(one.contents, one.id, one.score) for one in search.find([query])[0]]
+        return [Passage(one.id, one.title, one.body) for one in found]
+
+    return find
+
+
+@contextmanager
+def own_search(config: SearchAgentConfig) -> Iterator[Searcher | None]:
+    """The search over `search.corpus`, as an actor that Ray starts again if it dies; None where a service is asked.
+
+    Raises:
+        ConfigError, DataError: see `raysys.retrieval.search.LocalSearch`.
+        DeadlineError: the index is not open in `deadlines.start`.
+    """
+    if config.search.corpus is None:
+        yield None
+        return
+    import ray
+
+    from raysys.retrieval.deployment import start_actor
+    from raysys.retrieval.search import IndexSettings
+
+    settings = IndexSettings(corpus=config.search.corpus, topk=config.search.topk, candidates=config.search.candidates)
+    search = start_actor(settings, num_cpus=1, max_restarts=-1, max_task_retries=-1)
+    try:
+        asyncio.run(search.wait_healthy(config.deadlines.start))
+        yield search
+    finally:
+        ray.kill(search.actor)
 
 
 async def reachable(settings: SearchSettings, seconds: float = 10.0) -> None:
@@ -170,6 +226,13 @@ def judged(batch: Batch) -> Batch:
     return batch.with_columns(
         reward=[answer_f1(turn["answer"], gold) if turn.get("valid") else 0.0 for turn, gold in zip(ended, golds, strict=True)]
     )
+
+
+def f1(batch: Batch) -> list[float]:
+    """F1 of each episode's answer against the row's golds, whatever its form; 0 without an answer."""
+    ended = [turns[-1] if turns else {} for turns in played(batch)]
+    golds = [accepted(text, name) for text, name in zip(batch.strings("answer"), batch.ids, strict=True)]
+    return [answer_f1(turn["answer"], gold) if "answer" in turn else 0.0 for turn, gold in zip(ended, golds, strict=True)]
 
 
 def exact(batch: Batch) -> list[bool]:

@@ -9,7 +9,7 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 
-from raysys.agent_watch import Watched, history
+from raysys.agent_watch import Watched, history, measured
 from raysys.assembly import (
     Hardware,
     Pushes,
@@ -31,14 +31,16 @@ from raysys.checks import (
     check_generate,
     check_gopd,
     check_hpd,
+    check_questions,
     check_search_agent,
     check_sft,
     local_or_id,
     shared_vocabulary,
 )
 from raysys.colocate import TurningPusher, TurningTrainer, lodger
-from raysys.config.agents import SearchAgentConfig
+from raysys.config.agents import QuestionsConfig, SearchAgentConfig
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, SftConfig
+from raysys.data.prepare import write_questions
 from raysys.data.stream import PromptStream
 from raysys.evaluation.during import NoEvaluation
 from raysys.generation.run import generate
@@ -50,7 +52,7 @@ from raysys.rollout.pool import RolloutPool
 from raysys.rollout.recorded import Recorder, Replay, Takes
 from raysys.rollout.source import OnPolicySource
 from raysys.rollout.spec import Sampling
-from raysys.search_agent import Judge, episodes_of, text_reward
+from raysys.search_agent import Judge, episodes_of, finder, own_search, text_reward
 from raysys.supervised import DataSource, Doubts, NoPush, NoScorers
 from raysys.training.calibrated import CalibAdvObjective
 from raysys.training.hybrid import HpdObjective
@@ -64,12 +66,14 @@ __all__ = [
     "check_generate",
     "check_gopd",
     "check_hpd",
+    "check_questions",
     "check_search_agent",
     "check_sft",
     "run_evaluate",
     "run_generate",
     "run_gopd",
     "run_hpd",
+    "run_questions",
     "run_search_agent",
     "run_sft",
 ]
@@ -117,14 +121,15 @@ def run_search_agent(config: SearchAgentConfig, session: Session) -> None:
     hardware = Hardware.choose(config, config.trainer.dtype, engines + config.trainer.ranks)
     student, objective = local_or_id(config.student), CalibAdvObjective.of(config)
     with ExitStack() as stack:
+        search = stack.enter_context(own_search(config))
         trainer = stack.enter_context(open_trainer(config, student, objective, hardware, session.folder))
-        pool = stack.enter_context(open_pool(config, student, hardware, session.folder, episodes=episodes_of(config)))
+        pool = stack.enter_context(open_pool(config, student, hardware, session.folder, episodes=episodes_of(config, search)))
         start_all(trainer=trainer.start, rollout=pool.start)
         source = _on_policy(config, session, pool, student, stack)
         pusher = open_pusher(config, trainer, pool, student)
         resume(session, trainer, source)
         pusher.push(session.ledger.step)
-        evaluator = open_evaluator(config, session, pool, trainer, student, before=None, judge=text_reward)
+        evaluator = open_evaluator(config, session, pool, trainer, student, before=None, judge=text_reward, measure=measured, headline="f1")
         usage = Usage(pool, config)
         metrics = open_metrics(config, session, stack, usage)
         watched = Watched(objective, metrics, history(session.folder), config.stop_on_collapse)
@@ -132,6 +137,13 @@ def run_search_agent(config: SearchAgentConfig, session: Session) -> None:
         stack.enter_context(Live(session.folder, session.job, lambda: status(config, session, parts, pool, source)))
         finish(config, session, parts, trainer, max_age=config.max_age)
         log.info(usage.summary())
+
+
+def run_questions(config: QuestionsConfig, session: Session) -> None:
+    """Questions, corpus and transcripts as files in the run's folder."""
+    for name, count in write_questions(config, session.folder, lambda corpus: finder(corpus, config.topk)).items():
+        log.info("%7d lines in %s", count, session.folder / name)
+    session.ledger.finish(0)
 
 
 def _generate_only(config: GopdConfig, session: Session) -> None:

@@ -14,7 +14,10 @@ from raysys.config.runs import EvaluationPart, Run
 class Search(Config):
     """The search service that an agent asks; see `raysys.retrieval.client.SearchSettings`."""
 
-    url: str = placed("http://127.0.0.1:8001")
+    url: str | None = placed(None)
+    """Of a service that runs already. Null: the run has a search of its own, over `corpus`."""
+    corpus: str | None = None
+    """JSONL that an actor of the run searches in: each line `id` and `contents`, see `raysys.retrieval`."""
     topk: PositiveInt = 3
     """Documents that a search shows."""
     candidates: PositiveInt = 20
@@ -30,6 +33,50 @@ class Search(Config):
     """Seconds that a query waits for others to share a request."""
 
 
+class QuestionFiles(Config):
+    """Published question sets; see `raysys.data.questions`."""
+
+    train: list[str]
+    test: list[str]
+    kind: Literal["auto", "hotpotqa", "2wiki", "musique", "flashrag"] = "auto"
+
+
+class QuestionWorld(Config):
+    """A generated world of two-hop questions; see `raysys.data.world`."""
+
+    documents: PositiveInt = 800
+    questions: PositiveInt = 2400
+    style: Literal["prose", "short"] = "prose"
+    kinds: list[str] = []
+    """Some of `raysys.data.world.KINDS`; none: all."""
+
+
+class QuestionsConfig(Run):
+    """`jobs/questions.py`: a search agent's `train.jsonl`, `test.jsonl` and `corpus.jsonl`; of a world `transcripts.jsonl` too."""
+
+    world: QuestionWorld | None = None
+    files: QuestionFiles | None = None
+    """The corpus is what their contexts hold."""
+    instruction: str | None = None
+    """What a prompt says before its question. Null: `raysys.data.questions.INSTRUCTION`."""
+    messages: bool = True
+    """Prompts are chat messages; false: texts, for models without a chat template."""
+    transcripts: NonNegativeInt = 0
+    """Correct episodes of training questions, for `jobs/sft.py`."""
+    opener: bool = True
+    """Of transcripts: see `SearchAgentConfig`."""
+    topk: PositiveInt = 3
+    """Documents that a search shows in transcripts."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.world is None) == (self.files is None):
+            raise ValueError("give world (a generated one) or files (question sets), one of them")
+        if self.files is not None and self.transcripts:
+            raise ValueError("transcripts are made of a generated world only; set transcripts=0")
+        return self
+
+
 class SearchAgentConfig(Run):
     """`jobs/search_agent.py`: GRPO on multi-turn search, with calibrated advantages. Paper: arXiv 2604.18235."""
 
@@ -37,7 +84,7 @@ class SearchAgentConfig(Run):
     """Hugging Face folder or id."""
     data: Data
     """Questions; `answer` is a text, or a JSON list of accepted texts."""
-    search: Search = Search()
+    search: Search
     steps: PositiveInt = placed(205)
     batch: PositiveInt = 512
     """Questions a step."""
@@ -82,5 +129,7 @@ class SearchAgentConfig(Run):
             raise ValueError("evaluate_every is set but evaluation is not; give evaluation.data")
         if self.rollout.record or self.rollout.replay or self.rollout.generate_only:
             raise ValueError("rollout.record, replay and generate_only are of jobs/gopd.py")
+        if (self.search.url is None) == (self.search.corpus is None):
+            raise ValueError("set search.url (of a service that runs) or search.corpus (a file to search in), one of them")
         self.weights.check(colocate=False)
         return self

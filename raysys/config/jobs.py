@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from raysys.config.agents import SearchAgentConfig
+from raysys.config.agents import QuestionsConfig, SearchAgentConfig
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, PipelineConfig, Run, SftConfig
 
 CONFIGS: dict[str, type[Run]] = {
     "gopd": GopdConfig,
     "hpd": HpdConfig,
     "search_agent": SearchAgentConfig,
+    "questions": QuestionsConfig,
     "sft": SftConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,

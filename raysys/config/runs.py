@@ -128,6 +128,8 @@ class NewModel(Config):
     initializer_range: PositiveFloat = 0.1
     """Standard deviation of the first weights. About 1/sqrt(hidden_size): the 0.02 of large models makes small ones slow to learn."""
     context: PositiveInt = 128
+    tokens: list[str] = []
+    """Texts that have a token of their own, besides the characters; a line break is a character that has none without it."""
 
 
 class OnData(Run):

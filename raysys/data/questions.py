@@ -32,9 +32,8 @@ shown to you between <information> and </information>. You may do this as many t
 answer alone, as short as it can be, like this: <answer> Oslo </answer>.
 """
 """What a prompt says before its question; our wording of Search-R1's protocol (arXiv 2503.09516)."""
-_CHUNK = 1 << 20
-_NEAR_END = 16
-"""A literal, number or escape that a chunk cuts in two is shorter."""
+_CHUNK, _NEAR_END = 1 << 20, 16
+"""A literal, number or escape that a chunk cuts in two is shorter than the latter."""
 
 
 @dataclass(frozen=True)
@@ -125,17 +124,19 @@ def write_corpus(path: str | Path, documents: Iterable[Passage]) -> int:
     return count
 
 
-def prompt_rows(questions: Iterable[Question], instruction: str = INSTRUCTION) -> Iterator[dict[str, Any]]:
+def prompt_rows(questions: Iterable[Question], instruction: str = INSTRUCTION, messages: bool = True) -> Iterator[dict[str, Any]]:
     """Rows for a run's `data.path`; `answer` is the JSON list of golds.
 
     Args:
         questions: to ask.
         instruction: what is said before the question; "" for the bare question.
+        messages: prompts are chats of one message; else texts, for models without a chat template.
     """
     for one in questions:
+        asked = chat(one.question, instruction)
         yield {
             "id": one.id,
-            "prompt": chat(one.question, instruction),
+            "prompt": asked if messages else asked[0]["content"],
             "domain": "",
             "answer": json.dumps(one.golds, ensure_ascii=False),
             "metadata": "",

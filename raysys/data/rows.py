@@ -20,6 +20,14 @@ Prompt = str | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class Part:
+    """A piece of an episode, generated in one go, or put there by the environment."""
+
+    text: str
+    generated: bool
+
+
+@dataclass(frozen=True)
 class Row:
     """A usable record. `where` is how a person finds it: file and line, or domain and index."""
 
@@ -38,6 +46,8 @@ class Row:
     """The target as the token ids that a model sampled, its end token included."""
     tokenizer: str = ""
     """Whose ids these are, as `raysys.data.text.identity` says it."""
+    parts: tuple[Part, ...] = ()
+    """The target piece by piece, where it is an episode: only what was generated is learnt, and it has no end token."""
 
 
 class BadRow(Exception):
@@ -95,8 +105,10 @@ def parse(record: Any, *, where: str, row_id: str, default_verifier: str, contex
     Args:
         record: what the file holds: `prompt`, and optionally `id`, `domain`, `answer`, `verifier`, `metadata`. What supervised runs teach
             is `answer`, or `response` where there is one; a conversation in `messages` whose last one is the assistant's is a prompt and
-            its response in one. Where a model wrote the answers, as `jobs/generate.py` has it: `answer` is its text, `response_ids` and
-            `tokenizer` the tokens of that. `gold`, even if empty, or `answer` beside a `response`, is what verifiers compare with.
+            its response in one. Of an episode `turns`, a list of {`generated`, `observation`}, of which only the former is taught, and
+            `opening`, what the environment says first. Where a model wrote the answers, as `jobs/generate.py` has it: `answer` is its
+            text, `response_ids` and `tokenizer` the tokens of that. `gold`, even if empty, or `answer` beside a `response`, is what
+            verifiers compare with.
         row_id: used when the record has no id.
         context_field: the column that the teacher reads in addition; a record without it is bad.
 
@@ -106,6 +118,9 @@ def parse(record: Any, *, where: str, row_id: str, default_verifier: str, contex
     if not isinstance(record, Mapping):
         raise BadRow(f"not an object: found {_kind(record)}")
     record = _split(record)
+    parts = _parts(record)
+    if parts:
+        record = {**record, "answer": "".join(part.text for part in parts), "gold": record.get("gold", record.get("answer") or "")}
     target = _text(record, "answer", scalars=True)
     answer = target if record.get("gold") is None else _text(record, "gold", scalars=True)
     own = _text(record, "id", scalars=True)
@@ -124,7 +139,24 @@ def parse(record: Any, *, where: str, row_id: str, default_verifier: str, contex
         context=context,
         response_ids=_ids(record.get("response_ids")),
         tokenizer=_text(record, "tokenizer"),
+        parts=parts,
     )
+
+
+def _parts(record: Mapping[str, Any]) -> tuple[Part, ...]:
+    """The pieces of `opening` and `turns` that are not empty."""
+    turns = record.get("turns")
+    if turns is None:
+        return ()
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        raise BadRow(f"`turns` has the wrong type: {_kind(turns)}, expected a list of objects with `generated` and `observation`")
+    parts = [Part(_text(record, "opening"), generated=False)]
+    for turn in turns:
+        made = _text(turn, "generated")
+        if not made:
+            raise BadRow("no `generated` in one of the `turns`")
+        parts += [Part(made, generated=True), Part(_text(turn, "observation"), generated=False)]
+    return tuple(part for part in parts if part.text)
 
 
 def _split(record: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raysys.batch import SCHEMA, Batch
+from raysys.batch import SCHEMA, Batch, Ragged
 from raysys.config.parts import Data
 from raysys.data.files import Files, Raw, Unit, open_files
 from raysys.data.rows import BadRow, BadRows, Row, parse
@@ -38,7 +38,7 @@ _CPUS = 0.5
 _AHEAD = 1
 """Windows read before they are asked for."""
 
-_OPTIONAL = ("teacher_prompt_ids", "response_ids")
+_OPTIONAL = ("teacher_prompt_ids", "response_ids", "runs")
 _KEPT = ("domain", "prompt_ids", "answer", "verifier", "metadata", *_OPTIONAL)
 _COLUMNS = pa.schema(
     [("unit", pa.int32()), ("where", pa.string()), ("id", pa.string()), *((name, SCHEMA[name]) for name in _KEPT), ("error", pa.string())]
@@ -87,7 +87,12 @@ def _line(unit: int, where: str, row: Row | BadRow | None, encoded: Encoded | Ba
         reason = row if isinstance(row, BadRow) else encoded
         return line | {"error": _BLANK if row is None else str(reason)}
     texts = {"id": row.id, "domain": row.domain, "answer": row.answer, "verifier": row.verifier, "metadata": row.metadata}
-    return line | texts | {"prompt_ids": encoded.prompt, "teacher_prompt_ids": encoded.teacher, "response_ids": encoded.response}
+    return (
+        line
+        | texts
+        | {"prompt_ids": encoded.prompt, "teacher_prompt_ids": encoded.teacher, "response_ids": encoded.response}
+        | {"runs": encoded.runs}
+    )
 
 
 class FileRows:
@@ -126,7 +131,7 @@ class FileRows:
                 count -= len(piece)
             elif self._finished_window() and not self._usable:
                 raise DataError("no row of the data set is usable: " + ("; ".join(self._report.examples[:5]) or "all lines are blank"))
-        return Batch.concat(pieces)
+        return Batch.concat(_alike(pieces))
 
     def _piece(self, table: pa.Table, count: int) -> Batch:
         """Up to `count` good rows from here on, and the cursor behind them."""
@@ -139,6 +144,8 @@ class FileRows:
         self._row += passed
         ids = [f"{row_id}@{self._epoch}" for row_id in rows.column("id").to_pylist()]
         columns = {name: rows.column(name) for name in ("domain", "prompt_ids", "answer", "verifier", "metadata", *self._columns)}
+        if rows.column("runs").null_count < len(rows):
+            columns["runs"] = _known_runs(rows)
         return Batch.from_columns(prompt_id=ids, sample=np.zeros(len(ids), np.int32), **columns)
 
     def _account(self, table: pa.Table, good: int) -> None:
@@ -212,6 +219,23 @@ class FileRows:
         if self._ahead is not None:
             self._ahead.stop()
             self._ahead = None
+
+
+def _known_runs(rows: pa.Table) -> Ragged:
+    """`runs` of rows of which some are episodes: of the others all is one run."""
+    lengths = rows.column("response_ids").combine_chunks().value_lengths().to_pylist()
+    return Ragged.of([[0] * length if own is None else own for own, length in zip(rows.column("runs").to_pylist(), lengths)], np.int32)
+
+
+def _alike(pieces: list[Batch]) -> list[Batch]:
+    """The pieces, all with `runs` if one has them."""
+    if not any("runs" in piece for piece in pieces):
+        return pieces
+    offsets = [piece.ragged("response_ids").offsets for piece in pieces]
+    return [
+        piece if "runs" in piece else piece.with_columns(runs=Ragged(np.zeros(own[-1], np.int32), own))
+        for piece, own in zip(pieces, offsets, strict=True)
+    ]
 
 
 class _Ahead:

@@ -28,6 +28,21 @@ class Encoded:
     prompt: list[int]
     teacher: list[int] | None = None
     response: list[int] | None = None
+    runs: list[int] | None = None
+    """Of an episode: the generation that each response token is of, -1 for what the environment said."""
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Where among the texts of several rows those of one are."""
+
+    prompt: int
+    teacher: int | None
+    target: range
+    given: list[int] | None
+    """The target as ids, in place of texts."""
+    generated: tuple[bool, ...] = ()
+    """Of an episode: whether each text of the target was."""
 
 
 class Encoder:
@@ -74,26 +89,28 @@ class Encoder:
     def encode(self, rows: Sequence[Row]) -> list[Encoded | BadRow]:
         """Each row's ids, or why it has none, in order."""
         texts: list[str] = []
-        places: list[tuple[int, int | None, int | list[int] | None] | BadRow] = []
-        for row in rows:
-            try:
-                given = self._given(row)
-                own = [self._render(row.prompt)]
-                if self._template is not None:
-                    own.append(self._render(fill(self._template, row.prompt, row.context or "")))
-                if self.supervised and given is None:
-                    own.append(self._target(row.target))
-                for text in own:
-                    self._check_characters(text)
-            except BadRow as reason:
-                places.append(reason)
-                continue
-            first = len(texts)
-            teacher = first + 1 if self._template is not None else None
-            places.append((first, teacher, given or (first + len(own) - 1 if self.supervised else None)))
-            texts += own
+        places = [self._place(row, texts) for row in rows]
         ids = [encoding.ids for encoding in self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        return [place if isinstance(place, BadRow) else self._fitted(ids, *place) for place in places]
+        return [place if isinstance(place, BadRow) else self._fitted(ids, place) for place in places]
+
+    def _place(self, row: Row, texts: list[str]) -> _Texts | BadRow:
+        """Appends the row's texts to `texts`."""
+        try:
+            given = self._given(row)
+            own = [self._render(row.prompt)]
+            if self._template is not None:
+                own.append(self._render(fill(self._template, row.prompt, row.context or "")))
+            before = len(own)
+            if self.supervised and given is None:
+                own += [part.text for part in row.parts] or [self._target(row.target)]
+            for text in own:
+                self._check_characters(text)
+        except BadRow as reason:
+            return reason
+        first = len(texts)
+        texts += own
+        generated = tuple(part.generated for part in row.parts) if given is None else ()
+        return _Texts(first, first + 1 if before == 2 else None, range(first + before, len(texts)), given, generated)
 
     def takes(self, row: Row) -> bool:
         """Whether the row has token ids that mean here what they meant where they were sampled."""
@@ -111,19 +128,23 @@ class Encoder:
         """See `identity`."""
         return identity(self._tokenizer)
 
-    def _fitted(self, ids: list[list[int]], prompt: int, teacher: int | None, response: int | list[int] | None) -> Encoded | BadRow:
-        answer = response if isinstance(response, list) else None
-        if isinstance(response, int) and self._end is not None:
-            answer = [*ids[response], self._end]
-        if not ids[prompt]:
+    def _fitted(self, ids: list[list[int]], place: _Texts) -> Encoded | BadRow:
+        prompt, answer, runs = ids[place.prompt], place.given, None
+        if place.generated:
+            # One by one, as an environment's words are encoded when a model is sampled from.
+            answer = [token for index in place.target for token in ids[index]]
+            runs = _runs([len(ids[index]) for index in place.target], place.generated)
+        elif place.target and self._end is not None:
+            answer = [*ids[place.target[0]], self._end]
+        if not prompt:
             return BadRow("`prompt` has no tokens")
-        if len(ids[prompt]) > self._max_prompt:
-            return BadRow(f"prompt too long: {len(ids[prompt])} tokens, max_prompt_tokens is {self._max_prompt}")
+        if len(prompt) > self._max_prompt:
+            return BadRow(f"prompt too long: {len(prompt)} tokens, max_prompt_tokens is {self._max_prompt}")
         if answer is not None and len(answer) > self._max_response:
             return BadRow(f"answer too long: {len(answer)} tokens with its end, max_response_tokens is {self._max_response}")
-        if self._shared is not None and (largest := max(ids[prompt] + (answer or []))) >= self._shared:
+        if self._shared is not None and (largest := max(prompt + (answer or []))) >= self._shared:
             return BadRow(f"token not shared: id {largest}, all models have the first {self._shared}")
-        return Encoded(ids[prompt], None if teacher is None else ids[teacher], answer)
+        return Encoded(prompt, None if place.teacher is None else ids[place.teacher], answer, runs)
 
     def _render(self, prompt: Prompt) -> str:
         if not self._tokenizer.chat_template:
@@ -150,6 +171,14 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _runs(lengths: Sequence[int], generated: Sequence[bool]) -> list[int]:
+    runs, turn = [], -1
+    for length, made in zip(lengths, generated, strict=True):
+        turn += made
+        runs += [turn if made else -1] * length
+    return runs
 
 
 class Decoder:

