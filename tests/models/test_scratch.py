@@ -32,6 +32,19 @@ def test_text_survives_the_tokenizer_exactly(tmp_path):
     assert tokenizer.chat_template is None
 
 
+def test_texts_with_a_token_of_their_own_come_first_and_survive(tmp_path):
+    texts = ["\n", "\n\n", "<think>", "</think>", "Doc 1"]
+    spec = SMALL.model_copy(update={"tokens": texts})
+    tokenizer = AutoTokenizer.from_pretrained(new_causal(spec, tmp_path, seed=0))
+    assert tokenizer("a\n\nDoc 1<think>\nb</think>", add_special_tokens=False)["input_ids"] == [68, 99, 102, 100, 98, 69, 101]
+    text = "x <think>Doc 12</think>\n\n\nDoc"
+    for special in (False, True):  # an environment's words are encoded so that control tokens in them stay letters
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=special)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text and 100 in ids
+    assert len(tokenizer) == 103 and tokenizer("<eos>", split_special_tokens=True)["input_ids"] != [2]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.shape == (103, 32)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_folder_loads_in_stock_transformers(tmp_path, tied):
     folder = new_causal(SMALL.model_copy(update={"tied": tied}), tmp_path / "model", seed=1)
