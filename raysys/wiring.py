@@ -9,6 +9,7 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 
+from raysys.agent_transcripts import Transcripts
 from raysys.agent_watch import Watched, history
 from raysys.assembly import (
     Hardware,
@@ -40,6 +41,7 @@ from raysys.colocate import TurningPusher, TurningTrainer, lodger
 from raysys.config.agents import SearchAgentConfig
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, SftConfig
 from raysys.data.stream import PromptStream
+from raysys.data.text import Decoder
 from raysys.evaluation.during import NoEvaluation
 from raysys.generation.run import generate
 from raysys.job import Session
@@ -127,7 +129,8 @@ def run_search_agent(config: SearchAgentConfig, session: Session) -> None:
         evaluator = open_evaluator(config, session, pool, trainer, student, before=None, judge=text_reward)
         usage = Usage(pool, config)
         metrics = open_metrics(config, session, stack, usage)
-        watched = Watched(objective, metrics, history(session.folder), config.stop_on_collapse)
+        transcripts = Transcripts(session.folder, Decoder(student), objective, config.steps)
+        watched = Watched(objective, metrics, history(session.folder), config.stop_on_collapse, transcripts)
         parts = Parts(source, Judge(), watched, trainer, Pushes(pusher), session.ledger, evaluator, watched)
         stack.enter_context(Live(session.folder, session.job, lambda: status(config, session, parts, pool, source)))
         finish(config, session, parts, trainer, max_age=config.max_age)
