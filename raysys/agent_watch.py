@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from raysys.agent_transcripts import Transcripts
 from raysys.batch import Batch
 from raysys.errors import NumericsError
 from raysys.files import read_json_lines
@@ -25,11 +26,20 @@ class Watched:
         objective, metrics: the ones that work.
         history: the records of the steps before, for the alarm.
         alarm: whether a collapse ends the run; the newest checkpoint is of before it.
+        transcripts: where some of the episodes are kept for people to read; None keeps none.
     """
 
-    def __init__(self, objective: CalibAdvObjective, metrics: Any, history: Sequence[dict[str, Any]] = (), alarm: bool = True):
-        self._objective, self._metrics, self._alarm = objective, metrics, alarm
+    def __init__(
+        self,
+        objective: CalibAdvObjective,
+        metrics: Any,
+        history: Sequence[dict[str, Any]] = (),
+        alarm: bool = True,
+        transcripts: Transcripts | None = None,
+    ):
+        self._objective, self._metrics, self._alarm, self._transcripts = objective, metrics, alarm, transcripts
         self._history = list(history)
+        self._batch: Batch | None = None
         self._facts: dict[str, float] = {}
 
     def queries(self, trainer: Any, batch: Batch) -> None:
@@ -37,7 +47,8 @@ class Watched:
 
     def advantages(self, batch: Batch) -> Batch:
         self._facts = facts(self._objective, batch)
-        return self._objective.advantages(batch)
+        self._batch = self._objective.advantages(batch)
+        return self._batch
 
     def write(self, record: dict[str, Any]) -> None:
         """Raises NumericsError when training has collapsed by this step; its record is written first."""
@@ -47,6 +58,9 @@ class Watched:
         self._metrics.write(record)
         self._history = [*self._history[: record["step"]], record]
         reason = collapse(seen(self._history)) if self._alarm else None
+        if self._transcripts is not None and self._batch is not None:
+            self._transcripts.write(record["step"], self._batch, always=reason is not None)
+        self._batch = None
         if reason is not None:
             raise NumericsError(
                 f"training has collapsed: {reason}",
@@ -62,7 +76,12 @@ def facts(objective: CalibAdvObjective, batch: Batch) -> dict[str, float]:
 
     tokens = max(1, int(batch.lengths("response_ids").sum()))
     told = behaviour(batch) | {"loss_tokens": float(batch.trained.sum()) / tokens}
-    told |= calibration_metrics(**objective.given(batch), rebalance=objective.rebalance, soft_penalty=objective.soft_penalty)
+    told |= calibration_metrics(
+        **objective.given(batch),
+        rebalance=objective.rebalance,
+        soft_penalty=objective.soft_penalty,
+        silver_sizes=objective.silver_sizes(batch),
+    )
     return {name: value for name, value in told.items() if np.isfinite(value)}
 
 

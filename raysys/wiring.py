@@ -9,6 +9,7 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 
+from raysys.agent_transcripts import Transcripts
 from raysys.agent_watch import Watched, history, measured
 from raysys.assembly import (
     Hardware,
@@ -42,6 +43,7 @@ from raysys.config.agents import QuestionsConfig, SearchAgentConfig
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, SftConfig
 from raysys.data.prepare import write_questions
 from raysys.data.stream import PromptStream
+from raysys.data.text import Decoder
 from raysys.evaluation.during import NoEvaluation
 from raysys.generation.run import generate
 from raysys.job import Session
@@ -132,7 +134,8 @@ def run_search_agent(config: SearchAgentConfig, session: Session) -> None:
         evaluator = open_evaluator(config, session, pool, trainer, student, before=None, judge=text_reward, measure=measured, headline="f1")
         usage = Usage(pool, config)
         metrics = open_metrics(config, session, stack, usage)
-        watched = Watched(objective, metrics, history(session.folder), config.stop_on_collapse)
+        transcripts = Transcripts(session.folder, Decoder(student), objective, config.steps)
+        watched = Watched(objective, metrics, history(session.folder), config.stop_on_collapse, transcripts)
         parts = Parts(source, Judge(), watched, trainer, Pushes(pusher), session.ledger, evaluator, watched)
         stack.enter_context(Live(session.folder, session.job, lambda: status(config, session, parts, pool, source)))
         finish(config, session, parts, trainer, max_age=config.max_age)

@@ -27,6 +27,7 @@ def test_facts() -> None:
     assert told["answer_mass_ratio_after"] == pytest.approx(1.0, abs=1e-5), "rebalanced"
     # The wrong one was shown what the right ones were shown: its search is not punished.
     assert told["score_1"] == 1.0 and told["softened_of_negative"] == 1.0
+    assert told["silver_size"] == 3.0 and told["silver_empty"] == 0.0
 
 
 class Kept:

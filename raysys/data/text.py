@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -196,6 +197,20 @@ class Decoder:
         """The text of each row of ids."""
         plain = [row.tolist() if isinstance(row, np.ndarray) else list(row) for row in rows]
         return self._tokenizer.batch_decode(plain, skip_special_tokens=True)
+
+    def pieces(self, ids: Sequence[int], ends: Sequence[int]) -> list[str]:
+        """The text of a row, special tokens kept, cut behind its first `ends[0]`, `ends[1]`, ... tokens and at its end.
+
+        Joined they are the whole text. Pieces decoded one by one need not be: a token may hold a part of a character.
+        """
+        plain = [int(one) for one in ids]
+        whole, cuts = self._whole(plain), [0]
+        for end in ends:
+            cuts.append(max(cuts[-1], min(len(whole), len(self._whole(plain[:end])))))
+        return [whole[start:end] for start, end in itertools.pairwise([*cuts, len(whole)])]
+
+    def _whole(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def fill(template: str, prompt: Prompt, context: str) -> Prompt:

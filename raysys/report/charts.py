@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 COLORS = ("#3b6fd4", "#e07b39", "#2f9e6e", "#b4459c", "#8a7a3d", "#5b8aa6", "#c2434a")
 PHASES = ("generate", "score", "train", "push", "record", "evaluate", "checkpoint", "other")
 _TITLES = {
     "reward": "Reward",
+    "exact_match": "Share of exact matches",
+    "valid": "Share of valid format",
+    "searches": "Searches an episode",
+    "turns": "Turns an episode",
+    "high_ppl": "Share of episodes of high perplexity or with an invalid action",
+    "invalid_action": "Share of episodes with an invalid action",
+    "mass_ratio_before": "Negative over positive advantage, before calibration",
+    "mass_ratio_after": "Negative over positive advantage, as trained on",
+    "answer_mass_ratio_before": "Negative over positive advantage of answers, before calibration",
+    "answer_mass_ratio_after": "Negative over positive advantage of answers, as trained on",
+    "score_mean": "Mean score of search steps",
+    "softened_of_negative": "Share of punished search steps that were spared",
+    "silver_empty": "Share of questions without silver documents",
+    "silver_size": "Silver documents of a question that has some, median",
+    "loss_tokens": "Share of response tokens trained on",
     "reverse_kl": "Reverse KL to the teacher, nats a token",
     "loss": "Loss",
     "nll": "Negative log-likelihood, nats a token",
@@ -31,42 +46,111 @@ _TITLES = {
     "importance_mean": "Mean importance weight",
 }
 CURVES = tuple(_TITLES)
+_EPISODES: tuple[tuple[str, tuple[tuple[str, str, int, bool], ...]], ...] = (
+    ("Answers", (("reward", "F1", 0, False), ("exact_match", "exact match", 1, False), ("valid", "valid format", 2, False))),
+    ("Searches and turns, mean of an episode", (("searches", "searches", 0, False), ("turns", "turns", 1, False))),
+    (
+        "Decay, share of episodes",
+        (
+            ("high_ppl", "perplexity ≥ 50 or invalid", 6, False),
+            ("invalid_action", "invalid action", 1, False),
+            ("truncated", "cut off", 5, False),
+        ),
+    ),
+    (
+        "Negative over positive advantage, before and after calibration",
+        (
+            ("mass_ratio_before", "before", 0, True),
+            ("mass_ratio_after", "after", 0, False),
+            ("answer_mass_ratio_before", "answers before", 1, True),
+            ("answer_mass_ratio_after", "answers after", 1, False),
+        ),
+    ),
+    (
+        "Search steps: score, and punished ones spared",
+        (("score_mean", "mean score", 0, False), ("softened_of_negative", "share spared", 2, False)),
+    ),
+    (
+        "Search steps by score, share",
+        (
+            ("score_0", "0", 6, False),
+            ("score_1_3", "1/3", 1, False),
+            ("score_2_3", "2/3", 5, False),
+            ("score_1", "1", 2, False),
+            ("score_other", "other", 4, False),
+        ),
+    ),
+    ("Questions without silver documents, share", (("silver_empty", "", 6, False),)),
+    ("Silver documents of the other questions, median", (("silver_size", "", 0, False),)),
+    ("Response tokens trained on, share", (("loss_tokens", "", 0, False),)),
+)
+"""Pictures of a run of search episodes: title, and by line the metric, its label, its colour, and whether it is dashed."""
+
+
+def of_episodes(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the records are of a run that searches and answers."""
+    return any("exact_match" in record for record in records)
 
 
 def curves(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """(title, HTML) of each metric that the records have; per-domain parts (`reward/add`) join their whole."""
-    return overlay({"": records})
+    """(title, HTML) of each metric that the records have; per-domain parts (`reward/add`) join their whole.
+
+    What `episodes` draws is left out, but for a reward that has parts.
+    """
+    drawn = {name for _, lines in _EPISODES for name, *_ in lines} if of_episodes(records) else set()
+    if any(key.startswith("reward/") for record in records for key in record):
+        drawn.discard("reward")
+    return overlay({"": records}, drawn)
 
 
-def overlay(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str]]:
-    """As `curves`, with several runs in each picture. A single run shows its domains too."""
+def episodes(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(title, HTML) of what search episodes tell, what belongs together in one picture; [] for other runs."""
     pictures = []
-    for name in CURVES:
-        lines: list[tuple[str, list[int], list[float], str]] = []
+    for title, told in _EPISODES if of_episodes(records) else ():
+        lines = []
+        for name, label, color, dashed in told:
+            if points := _points(records, name):
+                lines.append((label, *points, COLORS[color], dashed))
+        shown = [line for line in lines if not (line[0] == "other" and not any(line[2]))]
+        if shown:
+            pictures.append((title, _lines(shown, False, small=False)))
+    return pictures
+
+
+def _points(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]] | None:
+    """Steps, counted from 1, and values of the records that have a number there."""
+    points = [(record["step"] + 1, record[key]) for record in records if isinstance(record.get(key), (int, float))]
+    return ([x for x, _ in points], [y for _, y in points]) if points else None
+
+
+def overlay(runs: Mapping[str, Sequence[Mapping[str, Any]]], without: Collection[str] = ()) -> list[tuple[str, str]]:
+    """As `curves`, with several runs in each picture. A single run shows its domains too. `without`: metrics to leave out."""
+    titles = _TITLES | ({"reward": "F1"} if any(of_episodes(records) for records in runs.values()) else {})
+    pictures = []
+    for name in (name for name in CURVES if name not in without):
+        lines: list[tuple[str, list[int], list[float], str, bool]] = []
         for number, (label, records) in enumerate(runs.items()):
             keys = [name]
             if len(runs) == 1:
                 keys += sorted({key for record in records for key in record if key.startswith(f"{name}/")})
             for key in keys:
-                points = [(record["step"] + 1, record[key]) for record in records if isinstance(record.get(key), (int, float))]
-                if points:
+                if points := _points(records, key):
                     shown = label or (key.partition("/")[2] or "all")
                     color = COLORS[(number if len(runs) > 1 else len(lines)) % len(COLORS)]  # a run keeps its colour in all pictures
-                    lines.append((shown, [x for x, _ in points], [y for _, y in points], color))
+                    lines.append((shown, *points, color, False))
         if lines:
-            pictures.append((_TITLES[name], _lines(lines, len(runs) > 1, small=name in ("parity_gap", "learning_rate"))))
+            pictures.append((titles[name], _lines(lines, len(runs) > 1, small=name in ("parity_gap", "learning_rate"))))
     return pictures
 
 
-def _lines(lines: Sequence[tuple[str, list[int], list[float], str]], several: bool, small: bool) -> str:
+def _lines(lines: Sequence[tuple[str, list[int], list[float], str, bool]], several: bool, small: bool) -> str:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for number, (label, x, y, color) in enumerate(lines):
+    for number, (label, x, y, color, dashed) in enumerate(lines):
         mode = "lines+markers" if len(x) < 3 else "lines"
-        figure.add_scatter(
-            x=x, y=y, name=label, mode=mode, line={"color": color, "width": 2 if number == 0 else 1.5}, showlegend=several or len(lines) > 1
-        )
+        line = {"color": color, "width": 2 if number == 0 else 1.5, "dash": "dot" if dashed else "solid"}
+        figure.add_scatter(x=x, y=y, name=label, mode=mode, line=line, showlegend=several or len(lines) > 1)
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(tickformat=".0e" if small else None, rangemode="tozero" if small else "normal", nticks=6)
     return _html(figure, height=240)
@@ -152,7 +236,7 @@ def _html(figure: Any, height: int) -> str:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 12, "color": "#7a808a"},
-        legend={"orientation": "h", "y": 1.12, "x": 0, "font": {"size": 11}},
+        legend={"orientation": "h", "y": 1.03, "yanchor": "bottom", "x": 0, "font": {"size": 11}},
         hovermode="x unified",
         template="none",
     )

@@ -13,7 +13,7 @@ import yaml
 from markupsafe import Markup
 
 from raysys.files import read_json_lines
-from raysys.report import charts
+from raysys.report import charts, transcripts
 
 _SECRET = re.compile(r"(^|_)(secret|password|passwd|credential|credentials|api_key|access_key|auth_token|token)$", re.IGNORECASE)
 _USERINFO = re.compile(r"(\w+://)[^/@\s]+@")
@@ -61,9 +61,11 @@ def _run(folder: Path) -> dict[str, Any]:
         "split": ends[0].get("split") if ends else None,
         "accuracy": Markup(charts.accuracy([(one["label"], one["domains"]) for one in ends])) if ends else "",
         "accuracy_by_step": Markup(charts.accuracy_by_step(evaluations)),
+        "episodes": [(title, Markup(html)) for title, html in charts.episodes(records)],
         "curves": [(title, Markup(html)) for title, html in charts.curves(records)],
         "seconds": Markup(charts.seconds(records)),
         "samples": _paired_samples(_lines(folder / "samples.jsonl")),
+        "transcripts": transcripts.told(_lines(folder / transcripts.FILE)),
         "counts": _counts(records),
         "stages": [],
     }
@@ -89,9 +91,11 @@ def _pipeline(folder: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, An
         "split": compared.get("split"),
         "accuracy": Markup(charts.accuracy([(row["label"], row["domains"]) for row in rows])) if rows else "",
         "accuracy_by_step": "",
+        "episodes": [],
         "curves": [(title, Markup(html)) for title, html in charts.overlay(runs)] if runs else [],
         "seconds": Markup(charts.seconds(list(runs.values())[-1])) if runs else "",
         "samples": samples,
+        "transcripts": [],
         "counts": {},
         "stages": shown,
     }
@@ -118,9 +122,26 @@ def _summary(records: Sequence[Mapping[str, Any]], ends: Sequence[Mapping[str, A
             parts.append(f"{name} accuracy {before:.1%} to {after:.1%}")
     if records and isinstance(records[0].get("reverse_kl"), float):
         parts.append(f"reverse KL {records[0]['reverse_kl']:.2f} to {records[-1]['reverse_kl']:.2f} nats a token")
+    elif charts.of_episodes(records):
+        parts += _episodes_summary(records)
     elif records and isinstance(records[0].get("nll"), float):
         parts.append(f"NLL {records[0]['nll']:.2f} to {records[-1]['nll']:.2f} nats a token")
     return ", ".join(parts) + f", in {len(records)} steps." if parts else f"{len(records)} steps."
+
+
+def _episodes_summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """From the first steps to the last: a single step's questions may be easy ones."""
+    few = max(1, min(5, len(records) // 4))
+    parts = []
+    for name, text in (
+        ("reward", "F1 {:.2f} to {:.2f}"),
+        ("exact_match", "exact match {:.0%} to {:.0%}"),
+        ("searches", "searches {:.1f} to {:.1f}"),
+    ):
+        ends = [[one[name] for one in part if isinstance(one.get(name), float)] for part in (records[:few], records[-few:])]
+        if all(ends):
+            parts.append(text.format(*(sum(values) / len(values) for values in ends)))
+    return parts
 
 
 def _counts(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:

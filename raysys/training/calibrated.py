@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -95,16 +96,20 @@ class CalibAdvObjective:
         from raysys.methods.calibadv import score_table, step_scores
 
         scores: list[list[float] | None] = [None] * len(turns)
-        for group in range(int(groups.max(initial=-1)) + 1):
-            rows = np.flatnonzero(groups == group).tolist()
-            rollouts = [
-                {"valid": bool(turns[row]) and bool(turns[row][-1].get("valid")), "reward": rewards[row], "steps": searches(turns[row])}
-                for row in rows
-            ]
+        for rows, rollouts in _rollouts(turns, groups, rewards):
             found = step_scores(rollouts, threshold=self.threshold, similarity=self.similarity, shared=self.shared, form=self.form)
             for row, own in zip(rows, found, strict=True):
                 scores[row] = own
         return score_table(scores)
+
+    def silver_sizes(self, batch: Batch) -> list[int]:
+        """How many silver documents each group has."""
+        from raysys.methods.calibadv_steps import silver_documents
+
+        turns = [json.loads(text)["turns"] for text in batch.strings("episode")]
+        _, groups = np.unique(np.array(batch.strings("prompt_id")), return_inverse=True)
+        found = _rollouts(turns, groups, batch.numbers("reward").tolist())
+        return [len(silver_documents(rollouts, threshold=self.threshold, form=self.form)) for _, rollouts in found]
 
     def loss(self, outputs: Outputs, micro: Micro) -> tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]:
         """The clipped surrogate without a second clip, mean over tokens. Metrics: those of `raysys.methods.gopd.policy_loss`, and
@@ -123,6 +128,21 @@ class CalibAdvObjective:
             "advantage_abs_max": (gain * outputs.mask).abs().max(),
         }
         return loss, {**metrics, **told}
+
+
+def _rollouts(
+    turns: list[list[dict[str, Any]]], groups: np.ndarray, rewards: list[float]
+) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+    """Each group's rows, and what `raysys.methods.calibadv.step_scores` reads of them."""
+    for group in range(int(groups.max(initial=-1)) + 1):
+        rows = np.flatnonzero(groups == group).tolist()
+        yield (
+            rows,
+            [
+                {"valid": bool(turns[row]) and bool(turns[row][-1].get("valid")), "reward": rewards[row], "steps": searches(turns[row])}
+                for row in rows
+            ],
+        )
 
 
 def searches(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
