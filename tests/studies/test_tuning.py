@@ -110,7 +110,7 @@ def test_a_study_survives_its_runs_and_its_own_end(tmp_path: Path, ray_head: Hea
     _until(lambda: not psutil.pid_exists(hanging))
 
     again = study(folder, ray_head, "1,2,3,4")
-    output = again.communicate(timeout=90)[0]
+    output = again.communicate(timeout=150)[0]
     assert again.returncode == 0, output
     assert {name: len(lines) for name, lines in starts(folder).items()} == {f"cell{n}-seed0": 1 + n // 3 for n in (1, 2, 3, 4)}
     assert _statuses(folder) == ["done", "collapsed", "done", "done"]
@@ -125,7 +125,7 @@ def _statuses(folder: Path) -> list[str]:
     return [run["status"] for run in runs(folder).values()]
 
 
-def _until(true: Any, seconds: float = 90.0) -> None:
+def _until(true: Any, seconds: float = 150.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "waited in vain"
