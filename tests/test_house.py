@@ -91,6 +91,8 @@ def test_the_graph_is_seen_at_all() -> None:
         ("raysys.pipeline", ("torch", "ray", "vllm", "transformers")),
         ("raysys.submit", ("torch", "ray", "vllm", "transformers")),
         ("raysys.cli", ("torch", "ray", "vllm", "transformers")),
+        ("raysys.studies.search_agent", ("torch", "ray", "vllm", "transformers")),
+        ("raysys.studies.command", ("torch", "ray", "vllm", "transformers")),
         ("raysys.loop", ("torch", "vllm", "deepspeed")),
         ("raysys.retrieval.client", ("torch", "ray", "vllm", "transformers", "fastapi", "bm25s", "numba")),
         ("raysys.retrieval.service", ("torch", "ray", "vllm", "transformers")),

@@ -1,0 +1,1 @@
+"""Several runs of one job that differ in what a study varies, as trials of Ray Tune."""
