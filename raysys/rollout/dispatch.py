@@ -8,6 +8,7 @@ late, or answers twice, is not heard. So each ticket ends once, finished or dead
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -33,13 +34,15 @@ class Ticket:
 
 @dataclass
 class Load:
-    """What a worker can take and what it has. `seats` decode at once; `ahead` more wait there so that no seat stays empty."""
+    """What a worker can take and what it has. `seats` decode at once; `ahead` more wait there so that no seat stays empty, and as many
+    again as are usually `away` with their tools: they have no seat and nothing in the KV cache."""
 
     seats: int
     tokens: int
     held: set[int] = field(default_factory=set)
     load: int = 0
     ahead: int = 0
+    away: int = 0
     alone: bool = False
     """What it has runs by itself: nothing else is given to it."""
 
@@ -52,8 +55,8 @@ class Load:
         """An empty worker takes anything: what does not fit then never will, and the engine says so."""
         if not self.held or self.alone:
             return not self.held
-        room = self.tokens * (1 + self.ahead / self.seats)
-        return len(self.held) < self.seats + self.ahead and self.load + cost <= room
+        more = self.ahead + self.away
+        return len(self.held) < self.seats + more and self.load + cost <= self.tokens * (1 + more / self.seats)
 
 
 class Dispatcher:
@@ -126,7 +129,7 @@ class Dispatcher:
     @property
     def crowded(self) -> bool:
         """Whether another worker would have something to do."""
-        return any(len(load.held) > load.seats for load in self.workers.values()) or self.waiting > 0
+        return any(len(load.held) > load.seats + load.away for load in self.workers.values()) or self.waiting > 0
 
     # -- workers
 
@@ -134,9 +137,13 @@ class Dispatcher:
         """A worker that takes tickets from now on. Until its pace is known, as many wait with it as it has seats."""
         self.workers[worker] = Load(seats, tokens, ahead=seats)
 
-    def pace(self, worker: str, per_second: float, round_trip: float = 0.25) -> None:
-        """Lets as many tickets wait with a worker as it finishes in a message's round trip; more would only be unevenly spread."""
+    def pace(self, worker: str, per_second: float, away: float = 0.0, round_trip: float = 0.25) -> None:
+        """Lets as many tickets wait with a worker as it finishes in a message's round trip; more would only be unevenly spread.
+
+        `away`: seconds that each spends with its tools. So many are there at any time (Little's law), and others take their seats.
+        """
         load = self.workers[worker]
+        load.away = math.ceil(per_second * away)
         load.ahead = min(load.seats, max(1, int(per_second * round_trip)))
 
     def leave(self, worker: str, cause: str) -> list[Ticket]:

@@ -309,7 +309,7 @@ class RolloutPool:
         if member.name in self._books.workers and harvest.tickets:
             member.finished += len(harvest.tickets)
             member.idle_since = now  # work that came and went between two looks at the books is work, too
-            self._books.pace(member.name, member.finished / max(1e-3, harvest.busy))
+            self._books.pace(member.name, member.finished / max(1e-3, harvest.busy), harvest.away / member.finished)
         member.harvest = harvest
         if wrong or harvest.broken:
             self._crew.lose(member, wrong or harvest.broken)

@@ -45,6 +45,7 @@ class Seat:
 
     def __init__(self, seats: asyncio.Semaphore, count: Callable[[int], None]):
         self._seats, self._count, self._taken = seats, count, False
+        self.away_seconds = 0.0
 
     async def __aenter__(self) -> Seat:
         await self._take()
@@ -57,7 +58,9 @@ class Seat:
     async def away(self) -> AsyncIterator[None]:
         """Others may have it meanwhile; on the way back it is waited for."""
         self._give()
+        began = time.monotonic()
         yield
+        self.away_seconds += time.monotonic() - began
         await self._take()
 
     async def _take(self) -> None:
@@ -86,7 +89,7 @@ class Serving:
         self._failed: list[Failure] = []
         self._news, self._empty = asyncio.Event(), asyncio.Event()
         self._running, self._tokens = 0, 0
-        self._busy, self._since = 0.0, 0.0
+        self._busy, self._since, self._away = 0.0, 0.0, 0.0
         self._version = 0
         self._broken = ""
 
@@ -145,6 +148,7 @@ class Serving:
             running=self._running,
             tokens=self._tokens,
             busy=busy,
+            away=self._away,
             broken=self._broken,
         )
 
@@ -171,6 +175,7 @@ class Serving:
             async with Seat(self._seats, self._count) as seat:
                 response = await self.play(asked, sampling, seed, seat)
             self._tokens += len(response.ids)
+            self._away += seat.away_seconds
             self._done.append((ticket, response))
         except RaysysError as error:
             self._failed.append(Failure(ticket, error.message, retry=isinstance(error, InfrastructureError)))

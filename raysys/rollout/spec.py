@@ -87,6 +87,8 @@ class Harvest:
     """Response tokens since the start."""
     busy: float = 0.0
     """Seconds since the start in which something was running."""
+    away: float = 0.0
+    """Seconds that samples finished since the start had no use for the engine, summed: their tools were at work."""
     broken: str = ""
     """Why this worker will never answer again; "" while it is well."""
 

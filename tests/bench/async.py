@@ -6,6 +6,7 @@ the same samples, which is checked. `real=true` adds `jobs/gopd.py` on a CPU eng
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 import time
@@ -82,9 +83,9 @@ def _generation(samples: int, workers: int, seats: int, token_ms: float) -> floa
     """Seconds to draw all samples with nobody to wait for."""
     from raysys.rollout.results import Result
     from raysys.rollout.spec import Sampling
-    from tests.bench.fleet import fleet
+    from tests.bench.fleet import FleetEngine, fleet
 
-    with fleet(workers, seats, token_ms / 1000) as (pool, _):
+    with fleet(workers, seats, functools.partial(FleetEngine, seats, token_ms / 1000)) as (pool, _):
         inbox: deque[Result] = deque()
         pool.generate(Numbered().take(workers), Sampling(max_tokens=4096, seed=0))
         began = time.monotonic()
@@ -102,7 +103,7 @@ def _run(steps: int, batch: int, workers: int, seats: int, token_ms: float, trai
     from raysys.loop import Parts, train
     from raysys.rollout.source import OnPolicySource
     from raysys.rollout.spec import Sampling
-    from tests.bench.fleet import fleet
+    from tests.bench.fleet import FleetEngine, fleet
     from tests.fakes import FakeObjective, FakeScorers, FakeTrainer, FileMetrics
 
     class Sleeper(FakeTrainer):
@@ -110,7 +111,8 @@ def _run(steps: int, batch: int, workers: int, seats: int, token_ms: float, trai
             time.sleep(train_s)
             return super().step(batch)
 
-    with tempfile.TemporaryDirectory() as name, fleet(workers, seats, token_ms / 1000) as (pool, host):
+    make = functools.partial(FleetEngine, seats, token_ms / 1000)
+    with tempfile.TemporaryDirectory() as name, fleet(workers, seats, make) as (pool, host):
 
         class Push:
             def push(self, version: int) -> dict[str, Any]:

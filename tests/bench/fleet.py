@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from raysys.config.parts import Deadlines, Rollout
+from raysys.rollout.environment import EpisodeSpec
 from raysys.rollout.members import Member
 from raysys.rollout.pool import RolloutPool
 from raysys.rollout.serving import Response, Serving
@@ -49,20 +50,24 @@ class FleetEngine(Serving):
 
 
 class Host:
-    """The process that has them all."""
+    """The process that has them all; `make` makes one."""
 
-    def __init__(self, seats: int, seconds_per_token: float):
-        self._make = (seats, seconds_per_token)
-        self._engines: dict[int, FleetEngine] = {}
+    def __init__(self, make: Callable[[], Any]):
+        self._make = make
+        self._engines: dict[int, Any] = {}
 
     async def call(self, rank: int, method: str, *arguments: Any) -> Any:
         if rank not in self._engines:
-            self._engines[rank] = FleetEngine(*self._make)
+            self._engines[rank] = self._make()
         return await getattr(self._engines[rank], method)(*arguments)
 
     async def hold(self, version: int) -> None:
         for engine in self._engines.values():
             await engine.hold(version)
+
+    async def apply(self, work: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
+        """`work` of the list of engines, in their process."""
+        return await work(list(self._engines.values()), *arguments)
 
     async def occupied(self) -> float:
         """Seat-seconds so far in which a sample ran, unfinished ones included."""
@@ -90,11 +95,11 @@ class _Handle:
 
 
 @contextmanager
-def fleet(workers: int, seats: int, seconds_per_token: float) -> Iterator[tuple[RolloutPool, Any]]:
+def fleet(workers: int, seats: int, make: Callable[[], Any], episodes: EpisodeSpec | None = None) -> Iterator[tuple[RolloutPool, Any]]:
     """A started pool of so many fake engines and the handle of their host. Ray must be initialised."""
     import ray
 
-    host: Any = ray.remote(Host).options(num_cpus=0, max_concurrency=10_000).remote(seats, seconds_per_token)
+    host: Any = ray.remote(Host).options(num_cpus=0, max_concurrency=10_000).remote(make)
 
     class Guest(Member):
         def placed(self, now: float) -> bool:
@@ -112,7 +117,7 @@ def fleet(workers: int, seats: int, seconds_per_token: float) -> Iterator[tuple[
             return None
 
     config = Rollout(workers=workers, max_sequences=seats)
-    pool = RolloutPool(config, RolloutSpec("fleet", "cpu", "float32", 10**6, config), DEADLINES, member=Guest)
+    pool = RolloutPool(config, RolloutSpec("fleet", "cpu", "float32", 10**6, config, episodes=episodes), DEADLINES, member=Guest)
     try:
         with pool:
             pool.start()

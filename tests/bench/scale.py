@@ -6,6 +6,7 @@ from the first sample to the moment when the last one was handed out; what follo
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections import deque
@@ -30,12 +31,12 @@ def _measure(workers: int, seats: int, seconds_per_token: float, samples: int) -
 
     from raysys.rollout.results import Result
     from raysys.rollout.spec import Sampling
-    from tests.bench.fleet import fleet
+    from tests.bench.fleet import FleetEngine, fleet
 
     prompts = importlib.import_module("tests.bench.async").Numbered()
     sampling = Sampling(max_tokens=4096, seed=0)
     me = psutil.Process()
-    with fleet(workers, seats, seconds_per_token) as (pool, host):
+    with fleet(workers, seats, functools.partial(FleetEngine, seats, seconds_per_token)) as (pool, host):
         inbox: deque[Result] = deque()
         gc.collect()
         memory, spent = me.memory_info().rss, sum(me.cpu_times()[:2])

@@ -42,7 +42,7 @@ class Books(RuleBasedStateMachine):
         given = self.books.assign(self.now)
         for name, numbers in given.items():
             load = self.books.workers[name]
-            assert len(load.held) <= load.seats + load.ahead
+            assert len(load.held) <= load.seats + load.ahead + load.away
             assert len(load.held) == 1 or load.load <= load.tokens * 2
             last = [number for number in load.held if self.failures[number] == RETRIES]
             assert not last or len(load.held) == 1, "a ticket on its last try has the worker to itself"
@@ -161,3 +161,14 @@ def test_a_fast_worker_is_given_more_ahead_than_a_slow_one_and_never_more_than_a
         books.join(name, 16, 10**6)
         books.pace(name, pace)
     assert [books.workers[name].ahead for name in ("slow", "fast", "fastest")] == [1, 10, 16]
+
+
+def test_whoever_is_away_with_a_tool_leaves_its_seat_to_one_more() -> None:
+    books = Dispatcher(RETRIES)
+    books.join("only", 4, 40)
+    books.pace("only", per_second=2.0, away=2.5)
+    for _ in range(20):
+        books.add(10, 0)
+    assert len(books.assign(0.0)["only"]) == 4 + 1 + 5, "seats, one to wait, and those who are away, whom the KV cache does not hold"
+    books.pace("only", per_second=2.0)
+    assert not books.assign(0.0) and books.crowded

@@ -231,6 +231,7 @@ def test_nobody_holds_a_seat_while_its_tool_is_at_work() -> None:
         worker = Slow()
         await worker.submit(prompts(8), list(range(8)), Sampling(max_tokens=200, seed=0), 0)
         tickets, rows, _ = await harvested(worker, 8)
+        assert (await worker.collect(wait=0.01)).away >= 8 * 2 * 0.1, "two tools each"
         assert sorted(tickets) == list(range(8)) and worker.most == 1, "generations do not"
         assert worker._running == 0
         results = [Result(ticket, batch, row) for batch in rows for row, ticket in enumerate(range(len(batch)))]
