@@ -14,7 +14,7 @@ from raysys.files import append_json, read_json_lines
 from raysys.search_agent import accepted, exact, played
 from raysys.training.calibrated import CalibAdvObjective
 
-FILE = "transcripts.jsonl"
+FILE = "episodes.jsonl"
 MOMENTS, GROUPS, SAMPLES = 8, 2, 16
 """What keeps the file small: steps between the first and the last, groups of a step, samples of a group."""
 
@@ -27,7 +27,7 @@ class Decodes(Protocol):
 
 
 class Transcripts:
-    """Appends groups to the run's `transcripts.jsonl`, a line a step; a step that is there is not written again.
+    """Appends groups to the run's `episodes.jsonl`, a line a step; a step that is there is not written again.
 
     Args:
         folder: the run's.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MANIFEST, BACKLOG, DEAD_LETTERS = "manifest.json", "backlog.arrow", "dead_letters.jsonl"
-PER_STEP_FILES = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl", "transcripts.jsonl", "ledger/steps.jsonl", DEAD_LETTERS)
+PER_STEP_FILES = ("metrics.jsonl", "evaluation.jsonl", "samples.jsonl", "episodes.jsonl", "ledger/steps.jsonl", DEAD_LETTERS)
 
 
 class Saves(Protocol):

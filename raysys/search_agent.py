@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +35,27 @@ class SearchEnvironments:
     """Makes the environments of one worker, which share a client.
 
     Args:
-        settings: of the client.
+        connect: makes the searcher of a worker, such as the client of a service.
         opener: whether `<think>` is put before each generation.
         document_chars: see `DOCUMENT_CHARS`.
-        connect: makes the searcher; the default is the client of a service.
     """
 
     stops: Sequence[str] = ("</search>", "</answer>")
 
     def __init__(
         self,
-        settings: SearchSettings,
+        connect: Callable[[], Searcher],
         opener: bool = True,
         document_chars: int = DOCUMENT_CHARS,
-        connect: Callable[[SearchSettings], Searcher] = SearchClient,
     ):
-        self.settings, self.opener, self.document_chars, self._connect = settings, opener, document_chars, connect
+        self.opener, self.document_chars, self._connect = opener, document_chars, connect
         self._searcher: Searcher | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_searcher": None}
 
     async def open(self) -> None:
-        self._searcher = self._connect(self.settings)
+        self._searcher = self._connect()
 
     def new(self) -> SearchEnvironment:
         assert self._searcher is not None, "open() comes first"
@@ -119,8 +118,8 @@ def settings_of(config: SearchAgentConfig) -> SearchSettings:
 
 def episodes_of(config: SearchAgentConfig, own: Searcher | None = None) -> EpisodeSpec:
     """Episodes that ask the service of `search.url`, or the run's own search."""
-    connect = SearchClient if own is None else Given(own)
-    made = SearchEnvironments(settings_of(config), config.opener, config.search.document_chars, connect)
+    connect = partial(SearchClient, settings_of(config)) if own is None else Given(own)
+    made = SearchEnvironments(connect, config.opener, config.search.document_chars)
     return EpisodeSpec(made, config.generations, config.turn_tokens)
 
 
@@ -130,7 +129,7 @@ class Given:
 
     searcher: Searcher
 
-    def __call__(self, settings: SearchSettings) -> Searcher:
+    def __call__(self) -> Searcher:
         return self.searcher
 
 

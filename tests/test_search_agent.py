@@ -6,6 +6,7 @@ import asyncio
 import json
 import pickle
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from raysys.batch import Batch
 from raysys.errors import DataError
 from raysys.methods.calibadv_text import END_MARKERS, NOTICE, TAG, format_valid
-from raysys.retrieval.client import SearchSettings
+from raysys.retrieval.client import SearchClient, SearchSettings
 from raysys.retrieval.documents import Document
 from raysys.rollout.environment import EpisodeSpec
 from raysys.rollout.episodes import Episode
@@ -42,7 +43,7 @@ class Library:
 
 def play(*turns: str, opener: bool = True, library: Library | None = None) -> Response:
     found = library or Library()
-    made = SearchEnvironments(SETTINGS, opener=opener, connect=lambda _: found)
+    made = SearchEnvironments(lambda: found, opener=opener)
 
     async def story() -> Response:
         await made.open()
@@ -151,9 +152,9 @@ def test_thinking(text: str, want: str) -> None:
 
 
 def test_environments_travel_without_their_connection() -> None:
-    made = SearchEnvironments(SETTINGS, opener=False, document_chars=7)
+    made = SearchEnvironments(partial(SearchClient, SETTINGS), opener=False, document_chars=7)
     again = pickle.loads(pickle.dumps(made))
-    assert (again.settings, again.opener, again.document_chars) == (SETTINGS, False, 7) and again._searcher is None
+    assert (again.opener, again.document_chars, again._searcher) == (False, 7, None) and again._connect.args == (SETTINGS,)
 
 
 def test_golds_that_are_no_texts_name_the_row() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FILE = "transcripts.jsonl"
+FILE = "episodes.jsonl"
 FULL = 1.5
 """An advantage of this size has the full colour."""
 

@@ -33,7 +33,7 @@ def record(step: int) -> dict[str, Any]:
 
 
 def page(folder: Path, *records: dict[str, Any]) -> str:
-    (folder / "transcripts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    (folder / "episodes.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
     return render_report(folder).read_text().partition("<body>")[2]
 
 
