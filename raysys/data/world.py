@@ -133,15 +133,14 @@ def transcripts(
     rows = prompt_rows((asked[number % len(asked)] for number in range(count)), instruction, messages)
     by_title = {one.title: one for one in world.documents}
 
-    def some(title: str) -> list[Passage]:
+    def some(query: str, title: str) -> Sequence[Passage]:
+        if find is not None:
+            return find(query)
         found = [by_title[title], *(one for one in order.sample(world.documents, shown) if one.title != title)][:shown]
         return order.sample(found, len(found))
 
     opening, words = "<think>" if opener else "", WORDINGS[world.style]
-    made = (
-        _transcript(one, row, opening, words, (lambda _, title: some(title)) if find is None else (lambda query, _: find(query)))
-        for one, row in zip(itertools.cycle(asked), rows)
-    )
+    made = (_transcript(one, row, opening, words, some) for one, row in zip(itertools.cycle(asked), rows))
     return (row for row in made if row is not None)
 
 
