@@ -19,6 +19,9 @@ WELL = 0.1
 """Share of high-perplexity rollouts that a model must have been below before more of them can be an alarm."""
 
 
+LATELY = 5
+
+
 class Watched:
     """The loop's objective and metrics at once: what goes through `advantages` is told in the step's record.
 
@@ -128,11 +131,15 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def seen(records: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """What the alarm looks at. A share of bad texts counts once it has been low: a model that never could write has not collapsed."""
+    """What the alarm looks at: of the share of bad texts its mean over `LATELY` steps, once that has been low: a model that never could
+    write has not collapsed, and a step's share of few episodes is mostly chance."""
     names = {"f1": "reward", "entropy": "entropy", "high_ppl": "high_ppl"}
     found, well = [], False
-    for record in records:
+    for step, record in enumerate(records):
         one = {name: float(record[key]) for name, key in names.items() if record.get(key) is not None}
+        if "high_ppl" in one:
+            lately = records[max(0, step + 1 - LATELY) : step + 1]
+            one["high_ppl"] = float(np.mean([other["high_ppl"] for other in lately if other.get("high_ppl") is not None]))
         well = well or one.get("high_ppl", 1.0) <= WELL
         found.append(one if well else {name: value for name, value in one.items() if name != "high_ppl"})
     return found

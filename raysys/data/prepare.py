@@ -42,7 +42,8 @@ def write_questions(config: QuestionsConfig, folder: Path, search: Callable[[Pat
         counts[f"{side}.jsonl"] = _write(folder / f"{side}.jsonl", rows)
     if world is not None and config.transcripts:
         find = search(folder / "corpus.jsonl")
-        made = transcripts(world, config.seed, config.transcripts, instruction, config.opener, config.topk, config.messages, find)
+        told = (instruction, config.opener, config.topk, config.messages)
+        made = transcripts(world, config.seed, config.transcripts, *told, find=find, invented=config.invented)
         numbered = ({**row, "id": f"{row['id']}#{number}"} for number, row in enumerate(made))
         counts["transcripts.jsonl"] = _write(folder / "transcripts.jsonl", numbered)
     return counts

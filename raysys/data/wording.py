@@ -70,6 +70,9 @@ class Prose:
 class Short:
     """How things are told to a tiny model."""
 
+    frame = frozenset(["Capital", "Money", "Continent", "City", "People", "Only", "Find", "Now", "Larger", "Doc", "Title"])
+    """Capitalised words that are no names."""
+
     @staticmethod
     def fits(document: Passage) -> bool:
         contents = f'"{document.title}"\n{document.body}'

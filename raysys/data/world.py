@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
+import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
@@ -108,6 +110,7 @@ def transcripts(
     shown: int = 3,
     messages: bool = True,
     find: Callable[[str], Sequence[Passage]] | None = None,
+    invented: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Correct episodes of training questions, each a search for either document and the answer, to warm a model up.
 
@@ -122,12 +125,15 @@ def transcripts(
         opener: whether the environment puts `<think>` before each generation.
         shown: documents that a search finds: the right one and others, in random order.
         find: what the search finds instead, best first. Questions for which it does not find the right ones are left out.
+        invented: put made-up names in the place of all names, others in each transcript, so that a model learns to read and not to know.
 
     Raises:
-        ConfigError: `shown` is not between 1 and the number of documents.
+        ConfigError: names of another style than `short` are to be invented; `shown` is not between 1 and the number of documents.
     """
     if not 1 <= shown <= len(world.documents):
         raise ConfigError(f"a search of transcripts cannot find {shown} documents", f"from 1 to {len(world.documents)}")
+    if invented and world.style != "short":
+        raise ConfigError(f"names of style {world.style} cannot be invented", "set world.style=short, or leave the names as they are")
     order = random.Random(seed)
     asked = order.sample(world.train, len(world.train))
     rows = prompt_rows((asked[number % len(asked)] for number in range(count)), instruction, messages)
@@ -141,7 +147,26 @@ def transcripts(
 
     opening, words = "<think>" if opener else "", WORDINGS[world.style]
     made = (_transcript(one, row, opening, words, some) for one, row in zip(itertools.cycle(asked), rows))
-    return (row for row in made if row is not None)
+    kept = (row for row in made if row is not None)
+    return (_invented(row, order) for row in kept) if invented else kept
+
+
+def _invented(row: dict[str, Any], chance: random.Random) -> dict[str, Any]:
+    """The row with each capitalised word that is not of the wording replaced by a made-up one, the same one wherever it stands."""
+    made: dict[str, str] = {}
+
+    def word(match: re.Match[str]) -> str:
+        found = match[0]
+        if found not in Short.frame and found not in made:
+            made[found] = "".join(chance.choices(string.ascii_lowercase, k=chance.randint(3, 10))).capitalize()
+        return made.get(found, found)
+
+    def text(value: Any) -> Any:
+        if isinstance(value, str):
+            return re.sub(r"[A-Z][\w'-]*", word, value)
+        return [text(one) for one in value] if isinstance(value, list) else {key: text(one) for key, one in value.items()}
+
+    return {**row, **{key: text(row[key]) for key in ("prompt", "answer", "turns")}}
 
 
 def _transcript(

@@ -210,6 +210,19 @@ def test_transcripts_show_what_a_search_finds_and_leave_out_where_it_fails(world
     assert any(one.startswith("capital ") for one in asked), "the second search says what of the document it is after"
 
 
+def test_names_are_invented_anew_in_each_transcript_and_the_same_within(worlds: dict[str, World]) -> None:
+    real = list(transcripts(worlds["short"], 3, 60))
+    rows = list(transcripts(worlds["short"], 3, 60, invented=True))
+    assert rows == list(transcripts(worlds["short"], 3, 60, invented=True)) and len(rows) == len(real)
+    for row in rows:
+        text = row["opening"] + "".join(turn["generated"] + turn["observation"] for turn in row["turns"])
+        assert format_valid(text) and reward(text, json.loads(row["answer"])) == 1.0, text
+    named = {title for row in real for turn in row["turns"] for title in titles(turn["observation"])}
+    assert not named & {title for row in rows for turn in row["turns"] for title in titles(turn["observation"])}
+    with pytest.raises(ConfigError, match="names of style prose cannot be invented"):
+        transcripts(worlds["prose"], 0, 1, invented=True)
+
+
 def test_transcripts_start_again_where_questions_end(worlds: dict[str, World]) -> None:
     world = World(worlds["short"].documents, worlds["short"].train[:3], (), "short")
     assert [row["id"] for row in transcripts(world, 0, 6)][3:] == [row["id"] for row in transcripts(world, 0, 3)]
