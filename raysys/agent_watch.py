@@ -133,13 +133,14 @@ def history(folder: Path) -> list[dict[str, Any]]:
 def seen(records: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     """What the alarm looks at: of the share of bad texts its mean over `LATELY` steps, once that has been low: a model that never could
     write has not collapsed, and a step's share of few episodes is mostly chance."""
-    names = {"f1": "reward", "entropy": "entropy", "high_ppl": "high_ppl"}
-    found, well = [], False
-    for step, record in enumerate(records):
+    names = {"f1": "reward", "entropy": "entropy"}
+    found: list[dict[str, float]] = []
+    shares: list[float] = []
+    for record in records:
         one = {name: float(record[key]) for name, key in names.items() if record.get(key) is not None}
-        if "high_ppl" in one:
-            lately = records[max(0, step + 1 - LATELY) : step + 1]
-            one["high_ppl"] = float(np.mean([other["high_ppl"] for other in lately if other.get("high_ppl") is not None]))
-        well = well or one.get("high_ppl", 1.0) <= WELL
-        found.append(one if well else {name: value for name, value in one.items() if name != "high_ppl"})
+        share = record.get("high_ppl")
+        if share is not None and (shares or share <= WELL):
+            shares.append(float(share))
+            one["high_ppl"] = float(np.mean(shares[-LATELY:]))
+        found.append(one)
     return found

@@ -218,7 +218,8 @@ def test_names_are_invented_anew_in_each_transcript_and_the_same_within(worlds: 
         text = row["opening"] + "".join(turn["generated"] + turn["observation"] for turn in row["turns"])
         assert format_valid(text) and reward(text, json.loads(row["answer"])) == 1.0, text
     named = {title for row in real for turn in row["turns"] for title in titles(turn["observation"])}
-    assert not named & {title for row in rows for turn in row["turns"] for title in titles(turn["observation"])}
+    invented = {title for row in rows for turn in row["turns"] for title in titles(turn["observation"])}
+    assert len(invented) > 100 and len(named & invented) <= 3, "a short one may be a city's by chance"
     with pytest.raises(ConfigError, match="names of style prose cannot be invented"):
         transcripts(worlds["prose"], 0, 1, invented=True)
 
