@@ -53,7 +53,7 @@ class Workplace:
         return run
 
     def await_lines(self, run: subprocess.Popen[bytes], name: str, lines: int) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 240
         while len(self.metrics(name)) < lines:
             assert run.poll() is None, (
                 f"the run ended with {run.returncode} before line {lines}:\n{(self.folder / f'{name}.log').read_text()[-3000:]}"

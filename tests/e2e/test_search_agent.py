@@ -16,7 +16,7 @@ from raysys.data.questions import Passage, write_corpus
 from raysys.head import Head
 from tests.e2e.test_gopd import SMALL, Workplace
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 TAGS = ["\n", "\n\n", "<think>", "</think>", "<search>", "</search>", "<information>", "</information>", "<answer>", "</answer>"]
 BATCH, SAMPLES, STEPS, AWAY_SECONDS = 6, 3, 8, 10.0
 SHOWN = "\n\n<information>Doc 1(Title: {}) {}</information>\n\n<think>"
