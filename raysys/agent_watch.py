@@ -17,9 +17,8 @@ from raysys.training.calibrated import CalibAdvObjective
 
 WELL = 0.1
 """Share of high-perplexity rollouts that a model must have been below before more of them can be an alarm."""
-
-
 LATELY = 5
+"""Steps over which that share is averaged."""
 
 
 class Watched:

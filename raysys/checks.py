@@ -11,6 +11,7 @@ from raysys.config.agents import QuestionsConfig, SearchAgentConfig
 from raysys.config.parts import Data
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, SftConfig
 from raysys.data.preflight import check_context, check_vocabularies, preflight, shared_ids
+from raysys.data.prepare import world_of
 from raysys.data.text import identity, load_tokenizer
 from raysys.errors import ConfigError, DataError
 from raysys.job import RUNS_VARIABLE
@@ -44,7 +45,8 @@ def check_search_agent(config: SearchAgentConfig) -> None:
 
 
 def check_questions(config: QuestionsConfig) -> None:
-    """Raises ConfigError: a question file is missing."""
+    """Raises ConfigError: a question file is missing, or there is no such world."""
+    world_of(config)
     for path in [*config.files.train, *config.files.test] if config.files else []:
         if not Path(path).is_file():
             raise ConfigError(f"question file {path} is no file", "check files.train and files.test")

@@ -220,25 +220,23 @@ def judged(batch: Batch) -> Batch:
     Raises:
         DataError: a row's `answer` is no text or JSON list of texts.
     """
-    ended = [turns[-1] if turns else {} for turns in played(batch)]
-    golds = [accepted(text, name) for text, name in zip(batch.strings("answer"), batch.ids, strict=True)]
-    return batch.with_columns(
-        reward=[answer_f1(turn["answer"], gold) if turn.get("valid") else 0.0 for turn, gold in zip(ended, golds, strict=True)]
-    )
+    return batch.with_columns(reward=[answer_f1(turn["answer"], gold) if turn.get("valid") else 0.0 for turn, gold in _ended(batch)])
 
 
 def f1(batch: Batch) -> list[float]:
     """F1 of each episode's answer against the row's golds, whatever its form; 0 without an answer."""
-    ended = [turns[-1] if turns else {} for turns in played(batch)]
-    golds = [accepted(text, name) for text, name in zip(batch.strings("answer"), batch.ids, strict=True)]
-    return [answer_f1(turn["answer"], gold) if "answer" in turn else 0.0 for turn, gold in zip(ended, golds, strict=True)]
+    return [answer_f1(turn["answer"], gold) if "answer" in turn else 0.0 for turn, gold in _ended(batch)]
 
 
 def exact(batch: Batch) -> list[bool]:
     """Whether each episode's answer is one of the row's golds, whatever its form."""
-    ended = [turns[-1] if turns else {} for turns in played(batch)]
-    golds = [accepted(text, name) for text, name in zip(batch.strings("answer"), batch.ids, strict=True)]
-    return ["answer" in turn and exact_match(turn["answer"], gold) for turn, gold in zip(ended, golds, strict=True)]
+    return ["answer" in turn and exact_match(turn["answer"], gold) for turn, gold in _ended(batch)]
+
+
+def _ended(batch: Batch) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Each episode's last turn, {} if it has none, and its golds."""
+    for turns, text, name in zip(played(batch), batch.strings("answer"), batch.ids, strict=True):
+        yield turns[-1] if turns else {}, accepted(text, name)
 
 
 def played(batch: Batch) -> list[list[dict[str, Any]]]:

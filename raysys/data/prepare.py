@@ -29,10 +29,8 @@ def write_questions(config: QuestionsConfig, folder: Path, search: Callable[[Pat
         ConfigError, DataError: see `build_world`, `read_questions` and `write_corpus`; a question with an id used before.
     """
     instruction = INSTRUCTION if config.instruction is None else config.instruction
-    world = None
-    if config.world is not None:
-        part = config.world
-        world = build_world(config.seed, part.documents, part.questions, part.style, part.kinds or KINDS)
+    world = world_of(config)
+    if world is not None:
         counts = {"corpus.jsonl": write_corpus(folder / "corpus.jsonl", world.documents)}
     else:
         assert config.files is not None
@@ -47,6 +45,12 @@ def write_questions(config: QuestionsConfig, folder: Path, search: Callable[[Pat
         numbered = ({**row, "id": f"{row['id']}#{number}"} for number, row in enumerate(made))
         counts["transcripts.jsonl"] = _write(folder / "transcripts.jsonl", numbered)
     return counts
+
+
+def world_of(config: QuestionsConfig) -> World | None:
+    """The generated world that is asked for, None where it is question files. Raises ConfigError: see `build_world`."""
+    part = config.world
+    return None if part is None else build_world(config.seed, part.documents, part.questions, part.style, part.kinds or KINDS)
 
 
 def _questions(world: World | None, files: QuestionFiles | None, side: str) -> Iterable[Question]:

@@ -231,7 +231,8 @@ class _Told:
                 if self._add(Passage(f"city-{city.id}", city.name, words.city(city, words.called(self.countries[city.country].name)))):
                     self.cities.append(city)
         if len(self.passages) != documents:
-            raise ConfigError(f"a world of {documents} documents cannot be told", f"from {len(self.codes)} to {len(self.passages)} can")
+            limit = f"at least {len(self.codes)}" if documents < len(self.passages) else f"at most {len(self.passages)}"
+            raise ConfigError(f"a world of {documents} documents cannot be told", f"{limit}: one a country, the others one a city")
 
     def _named(self, one: Country) -> Country:
         return replace(one, name=self.words.name(one.name), capital=self.words.name(one.capital), currency=self.words.name(one.currency))
