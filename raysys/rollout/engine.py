@@ -21,9 +21,11 @@ def environment(spec: RolloutSpec) -> dict[str, str]:
     shared = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if spec.device == "gpu":
         return shared
-    threads = str(spec.config.threads)
+    # vLLM's own helpers would each be built by a C++ compiler, in every process, for models that run eagerly anyway.
+    compiled = {} if spec.config.enforce_eager is False else {"TORCH_COMPILE_DISABLE": "1"}
     # One process for core and worker halves the start; binding threads to cores would fight with the trainer's.
-    return shared | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": threads}
+    threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(spec.config.threads)}
+    return shared | compiled | threads | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def engine_arguments(spec: RolloutSpec) -> dict[str, Any]:
