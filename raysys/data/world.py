@@ -191,7 +191,7 @@ def _transcript(
     # In the order in which the question names them, so that the order does not give the answer away.
     titles = asked.subjects if asked.kind == "larger" else asked.supporting
     family = asked.kind if asked.kind == "larger" else asked.documents[0].partition("-")[0]
-    names = {"first": words.called(titles[0]), "second": words.called(titles[1]), "answer": asked.golds[0]}
+    names = {"first": words.called(titles[0]), "second": words.called(titles[1]), "answer": asked.golds[0], "told": words.told[asked.kind]}
     thoughts = [f"<think>{words.pad}{text.format(**names)}{words.pad}</think>" for text in words.thoughts[family]]
     turns = []
     for thought, title, sought in zip(thoughts, titles, words.sought.get(asked.kind, ("{}", "{}")), strict=False):
