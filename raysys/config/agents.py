@@ -63,8 +63,8 @@ class QuestionsConfig(Run):
     """Prompts are chat messages; false: texts, for models without a chat template."""
     transcripts: NonNegativeInt = 0
     """Correct episodes of training questions, for `jobs/sft.py`."""
-    invented: bool = False
-    """Of transcripts: made-up names in the place of all names; see `raysys.data.world.transcripts`."""
+    exchanged: bool = False
+    """Of transcripts: other names in the place of all names; see `raysys.data.world.transcripts`."""
     opener: bool = True
     """Of transcripts: see `SearchAgentConfig`."""
     topk: PositiveInt = 3

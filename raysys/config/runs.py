@@ -130,6 +130,8 @@ class NewModel(Config):
     context: PositiveInt = 128
     tokens: list[str] = []
     """Texts that have a token of their own, besides the characters; a line break is a character that has none without it."""
+    words: str | None = None
+    """JSON file with a list of words that have one, too, where they stand alone; `jobs/questions.py` writes one."""
 
 
 class OnData(Run):

@@ -11,13 +11,13 @@ from typing import Any
 
 from raysys.config.agents import QuestionFiles, QuestionsConfig
 from raysys.data.questions import INSTRUCTION, Passage, Question, corpus_of, prompt_rows, read_questions, write_corpus
-from raysys.data.world import KINDS, World, build_world, transcripts
+from raysys.data.world import KINDS, World, build_world, transcripts, words_of
 from raysys.errors import DataError
-from raysys.files import writing
+from raysys.files import write_json, writing
 
 
 def write_questions(config: QuestionsConfig, folder: Path, search: Callable[[Path], Callable[[str], Sequence[Passage]]]) -> dict[str, int]:
-    """Writes `train.jsonl`, `test.jsonl`, `corpus.jsonl` and, where asked for, `transcripts.jsonl`, each whole or not at all.
+    """Writes `train.jsonl`, `test.jsonl`, `corpus.jsonl` and, of a world, `words.json` and what there is of `transcripts.jsonl`.
 
     Args:
         search: of a corpus file, the function from a query to what is found; transcripts show that.
@@ -38,10 +38,12 @@ def write_questions(config: QuestionsConfig, folder: Path, search: Callable[[Pat
     for side in ("train", "test"):
         rows = prompt_rows(_questions(world, config.files, side), instruction, config.messages)
         counts[f"{side}.jsonl"] = _write(folder / f"{side}.jsonl", rows)
+    if world is not None:
+        write_json(folder / "words.json", words_of(world))
     if world is not None and config.transcripts:
         find = search(folder / "corpus.jsonl")
         told = (instruction, config.opener, config.topk, config.messages)
-        made = transcripts(world, config.seed, config.transcripts, *told, find=find, invented=config.invented)
+        made = transcripts(world, config.seed, config.transcripts, *told, find=find, exchanged=config.exchanged)
         numbered = ({**row, "id": f"{row['id']}#{number}"} for number, row in enumerate(made))
         counts["transcripts.jsonl"] = _write(folder / "transcripts.jsonl", numbered)
     return counts

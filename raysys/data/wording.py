@@ -59,6 +59,7 @@ class Prose:
         "beyond": ("land borders of {}", "capital of {}"),
         "border": ("land borders of {}", "capital of {}"),
     }
+    told = dict.fromkeys(asks, "")
     pad = " "
     thoughts = {
         "city": ("First I look up in which country {first} lies.", "{first} lies in {second}. I read on there.", "So it is {answer}."),
@@ -110,11 +111,20 @@ class Short:
         "neighbour": ("{}", "border {}"),
         "beyond": ("border {}", "capital {}"),
     }
+    told = {
+        "currency": "Money",
+        "capital": "Capital",
+        "continent": "Continent",
+        "neighbour": "Only border:",
+        "beyond": "Capital",
+        "larger": "Larger:",
+    }
+    """What a document says before the answer. Thought of first, it makes the answer something to be read off."""
     pad = ""
     thoughts = {
-        "city": ("Find {first}.", "{first} is in {second}.", "{answer}."),
-        "country": ("Find {first}.", "{first} borders {second}.", "{answer}."),
-        "larger": ("Find {first}.", "Now {second}.", "{answer}."),
+        "city": ("Find {first}.", "{first} is in {second}.", "{told} {answer}."),
+        "country": ("Find {first}.", "{first} borders {second}.", "{told} {answer}."),
+        "larger": ("Find {first}.", "Now {second}.", "{told} {answer}."),
     }
 
 

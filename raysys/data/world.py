@@ -21,7 +21,6 @@ from __future__ import annotations
 import itertools
 import random
 import re
-import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
@@ -39,6 +38,7 @@ TEST_SHARE = 0.2
 _TEST_COUNTRIES = 0.27
 _PAIRS = 6
 """Comparisons drawn for each city."""
+_WORD = re.compile(r"[A-Za-z][\w'-]*")
 _CLEAR = 1.1
 """How much larger the larger city is at least."""
 
@@ -110,7 +110,7 @@ def transcripts(
     shown: int = 3,
     messages: bool = True,
     find: Callable[[str], Sequence[Passage]] | None = None,
-    invented: bool = False,
+    exchanged: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Correct episodes of training questions, each a search for either document and the answer, to warm a model up.
 
@@ -125,15 +125,16 @@ def transcripts(
         opener: whether the environment puts `<think>` before each generation.
         shown: documents that a search finds: the right one and others, in random order.
         find: what the search finds instead, best first. Questions for which it does not find the right ones are left out.
-        invented: put made-up names in the place of all names, others in each transcript, so that a model learns to read and not to know.
+        exchanged: put other words of the world's names in the place of all names, others in each transcript, so that a model learns to
+            read and not to know.
 
     Raises:
-        ConfigError: names of another style than `short` are to be invented; `shown` is not between 1 and the number of documents.
+        ConfigError: names of another style than `short` are to be exchanged; `shown` is not between 1 and the number of documents.
     """
     if not 1 <= shown <= len(world.documents):
         raise ConfigError(f"a search of transcripts cannot find {shown} documents", f"from 1 to {len(world.documents)}")
-    if invented and world.style != "short":
-        raise ConfigError(f"names of style {world.style} cannot be invented", "set world.style=short, or leave the names as they are")
+    if exchanged and world.style != "short":
+        raise ConfigError(f"names of style {world.style} cannot be exchanged", "set world.style=short, or leave the names as they are")
     order = random.Random(seed)
     asked = order.sample(world.train, len(world.train))
     rows = prompt_rows((asked[number % len(asked)] for number in range(count)), instruction, messages)
@@ -148,22 +149,32 @@ def transcripts(
     opening, words = "<think>" if opener else "", WORDINGS[world.style]
     made = (_transcript(one, row, opening, words, some) for one, row in zip(itertools.cycle(asked), rows))
     kept = (row for row in made if row is not None)
-    return (_invented(row, order) for row in kept) if invented else kept
+    names = [word for word in words_of(world) if word[0].isupper() and word not in Short.frame]
+    return (_exchanged(row, names, order) for row in kept) if exchanged else kept
 
 
-def _invented(row: dict[str, Any], chance: random.Random) -> dict[str, Any]:
-    """The row with each capitalised word that is not of the wording replaced by a made-up one, the same one wherever it stands."""
+def words_of(world: World) -> list[str]:
+    """All words that documents and questions of a world are told with, and those of its transcripts."""
+    told = [f"{one.title} {one.body}" for one in world.documents] + [one.question for one in (*world.train, *world.test)]
+    thought = [text for texts in WORDINGS[world.style].thoughts.values() for text in texts]
+    sought = [text for texts in WORDINGS[world.style].sought.values() for text in texts]
+    return sorted({word for text in (*told, *thought, *sought) for word in _WORD.findall(text)})
+
+
+def _exchanged(row: dict[str, Any], names: Sequence[str], chance: random.Random) -> dict[str, Any]:
+    """The row with each word of a name replaced by another one, the same one wherever it stands."""
     made: dict[str, str] = {}
+    own = set(names)
 
     def word(match: re.Match[str]) -> str:
         found = match[0]
-        if found not in Short.frame and found not in made:
-            made[found] = "".join(chance.choices(string.ascii_lowercase, k=chance.randint(3, 10))).capitalize()
+        if found in own and found not in made:
+            made[found] = next(name for name in iter(lambda: chance.choice(names), "") if name not in made.values())
         return made.get(found, found)
 
     def text(value: Any) -> Any:
         if isinstance(value, str):
-            return re.sub(r"[A-Z][\w'-]*", word, value)
+            return _WORD.sub(word, value)
         return [text(one) for one in value] if isinstance(value, list) else {key: text(one) for key, one in value.items()}
 
     return {**row, **{key: text(row[key]) for key in ("prompt", "answer", "turns")}}
@@ -180,7 +191,7 @@ def _transcript(
     # In the order in which the question names them, so that the order does not give the answer away.
     titles = asked.subjects if asked.kind == "larger" else asked.supporting
     family = asked.kind if asked.kind == "larger" else asked.documents[0].partition("-")[0]
-    names = {"first": words.called(titles[0]), "second": words.called(titles[1]), "answer": asked.golds[0]}
+    names = {"first": words.called(titles[0]), "second": words.called(titles[1]), "answer": asked.golds[0], "told": words.told[asked.kind]}
     thoughts = [f"<think>{words.pad}{text.format(**names)}{words.pad}</think>" for text in words.thoughts[family]]
     turns = []
     for thought, title, sought in zip(thoughts, titles, words.sought.get(asked.kind, ("{}", "{}")), strict=False):

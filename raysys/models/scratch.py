@@ -1,7 +1,7 @@
 """Small causal language models made from scratch, as Hugging Face folders that stock transformers and stock vLLM load.
 
 The tokenizer knows the 95 printable ASCII characters (32 to 126), one token each, and three specials: 98 ids. Behind
-them come the texts of `NewModel.tokens`, which are found first.
+them come the texts of `NewModel.tokens` and `NewModel.words`, which are found first.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from raysys.config.runs import NewModel
+from raysys.errors import ConfigError
 
 SPECIALS = PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"  # ids 0, 1, 2
 CHARACTERS = [chr(code) for code in range(32, 127)]
@@ -33,26 +34,43 @@ def new_causal(spec: NewModel, folder: str | Path, seed: int) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = character_tokenizer(spec.context, spec.tokens)
+    tokenizer = character_tokenizer(spec.context, spec.tokens, words_of(spec))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3ForCausalLM(_config(spec)).float()
+        model = Qwen3ForCausalLM(_config(spec, len(tokenizer))).float()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _no_default_sampling(folder)
     return folder
 
 
-def character_tokenizer(context: int, texts: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+def words_of(spec: NewModel) -> list[str]:
+    """The words of `NewModel.words`. Raises ConfigError: no such file, or no list of texts in it."""
+    if spec.words is None:
+        return []
+    try:
+        words = json.loads(Path(spec.words).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"new_model.words={spec.words}: {type(error).__name__}: {error}", "give a JSON file with a list of words"
+        ) from None
+    if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
+        raise ConfigError(f"new_model.words={spec.words} holds no list of texts", "give a JSON file of words")
+    return words
+
+
+def character_tokenizer(context: int, texts: Sequence[str] = (), words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """One token a printable ASCII character; text comes back from ids exactly. `context`: tokens of the model's window.
 
-    `texts` have tokens of their own. Other characters outside printable ASCII have none and are dropped: callers check their texts.
+    `texts` have tokens of their own, and so have `words` where they stand alone. Other characters outside printable ASCII have none
+    and are dropped: callers check their texts.
     """
     vocabulary = {token: index for index, token in enumerate([*SPECIALS, *CHARACTERS])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
     backend.add_tokens([AddedToken(text, normalized=False, special=False) for text in dict.fromkeys(texts)])
+    backend.add_tokens([AddedToken(word, normalized=False, special=False, single_word=True) for word in dict.fromkeys(words)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
@@ -64,9 +82,9 @@ def character_tokenizer(context: int, texts: Sequence[str] = ()) -> PreTrainedTo
     )
 
 
-def _config(spec: NewModel) -> Qwen3Config:
+def _config(spec: NewModel, vocabulary: int) -> Qwen3Config:
     return Qwen3Config(
-        vocab_size=len(SPECIALS) + len(CHARACTERS) + len(set(spec.tokens) - {*SPECIALS, *CHARACTERS}),
+        vocab_size=vocabulary,
         hidden_size=spec.hidden_size,
         initializer_range=spec.initializer_range,
         intermediate_size=spec.ffn_size,

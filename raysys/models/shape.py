@@ -117,9 +117,10 @@ def new_shape(model: NewModel) -> Shape:
 
 
 def _from_scratch(model: NewModel) -> dict[str, Any]:
+    words = Path(model.words) if model.words else None
     return {
         "model_type": "qwen3",
-        "vocab_size": 98 + len(model.tokens),
+        "vocab_size": 98 + len(model.tokens) + (len(json.loads(words.read_text())) if words and words.is_file() else 0),
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,

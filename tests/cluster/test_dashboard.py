@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import yaml
 
+from raysys.agent_watch import facts
 from raysys.assembly import Pushes, open_metrics
 from raysys.batch import Batch, Ragged
 from raysys.config.runs import GopdConfig
@@ -29,10 +30,12 @@ from raysys.head import Head
 from raysys.ledger import Ledger
 from raysys.loop import Parts, train
 from raysys.report.live import GAUGES, PHASES, Live
+from raysys.training.calibrated import CalibAdvObjective
 from raysys.watching import Usage
 from raysys.weights.push import PushResult
 from tests.cluster.conftest import ROOT
 from tests.fakes import FakeObjective, FakeScorers, FakeSource, FakeTrainer
+from tests.test_agent_watch import step
 
 DASHBOARD = json.loads((ROOT / "cluster/grafana/raysys.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
@@ -86,7 +89,12 @@ class NamingTrainer(FakeTrainer):
 
     def step(self, batch: Batch) -> dict[str, float]:
         super().step(batch)
-        return dict.fromkeys(objective_names() | engine_names(), 1.0)
+        return dict.fromkeys(objective_names() | engine_names() | agent_names(), 1.0)
+
+
+def agent_names() -> set[str]:
+    """What `Watched` adds to a step of a search agent."""
+    return set(facts(CalibAdvObjective(), step()))
 
 
 def objective_names() -> set[str]:
@@ -251,7 +259,8 @@ def test_panels_have_ids_places_and_words_of_their_own() -> None:
         apart = a["x"] + a["w"] <= b["x"] or b["x"] + b["w"] <= a["x"] or a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"]
         assert apart, f"{one['title']} lies on {other['title']}"
     assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in everything)
-    assert [panel["title"] for panel in everything if panel["type"] == "row"] == ["Training", "Rollout", "Staleness", "Time and cost"]
+    rows = [panel["title"] for panel in everything if panel["type"] == "row"]
+    assert rows == ["Training", "Rollout", "Staleness", "Time and cost", "Search agent"]
 
 
 # -- what a head has

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ from raysys.data.geography import folded
 from raysys.data.questions import Passage, prompt_rows, write_corpus
 from raysys.data.rows import parse
 from raysys.data.wording import DOCUMENT_CHARS, QUESTION_CHARS
-from raysys.data.world import KINDS, World, WorldQuestion, build_world, transcripts
+from raysys.data.world import KINDS, World, WorldQuestion, build_world, transcripts, words_of
 from raysys.errors import ConfigError
 from raysys.methods.calibadv_text import action, format_valid, reward
 from raysys.retrieval.corpus import Corpus
@@ -210,18 +211,20 @@ def test_transcripts_show_what_a_search_finds_and_leave_out_where_it_fails(world
     assert any(one.startswith("capital ") for one in asked), "the second search says what of the document it is after"
 
 
-def test_names_are_invented_anew_in_each_transcript_and_the_same_within(worlds: dict[str, World]) -> None:
-    real = list(transcripts(worlds["short"], 3, 60))
-    rows = list(transcripts(worlds["short"], 3, 60, invented=True))
-    assert rows == list(transcripts(worlds["short"], 3, 60, invented=True)) and len(rows) == len(real)
-    for row in rows:
+def test_names_are_exchanged_anew_in_each_transcript_and_are_the_same_within(worlds: dict[str, World]) -> None:
+    world = worlds["short"]
+    real, rows = list(transcripts(world, 3, 60)), list(transcripts(world, 3, 60, exchanged=True))
+    assert rows == list(transcripts(world, 3, 60, exchanged=True)) and len(rows) == len(real)
+    for row, before in zip(rows, real):
         text = row["opening"] + "".join(turn["generated"] + turn["observation"] for turn in row["turns"])
         assert format_valid(text) and reward(text, json.loads(row["answer"])) == 1.0, text
-    named = {title for row in real for turn in row["turns"] for title in titles(turn["observation"])}
-    invented = {title for row in rows for turn in row["turns"] for title in titles(turn["observation"])}
-    assert len(invented) > 100 and len(named & invented) <= 3, "a short one may be a city's by chance"
-    with pytest.raises(ConfigError, match="names of style prose cannot be invented"):
-        transcripts(worlds["prose"], 0, 1, invented=True)
+        assert row["answer"] != before["answer"] and row["prompt"] != before["prompt"]
+    words = set(words_of(world))
+    used = " ".join(turn["generated"] + turn["observation"] for row in rows for turn in row["turns"])
+    tags = {"think", "search", "answer", "information", "Doc", "Title"}
+    assert set(re.findall(r"[A-Za-z][\w'-]*", used)) <= words | tags, "nothing but words that a model may have tokens for"
+    with pytest.raises(ConfigError, match="names of style prose cannot be exchanged"):
+        transcripts(worlds["prose"], 0, 1, exchanged=True)
 
 
 def test_transcripts_start_again_where_questions_end(worlds: dict[str, World]) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raysys.config.runs import NewModel
+from raysys.errors import ConfigError
 from raysys.models.scratch import CHARACTERS, new_causal
 
 SMALL = NewModel(hidden_size=32, layers=1, heads=1, kv_heads=1, ffn_size=48, context=64)
@@ -43,6 +44,20 @@ def test_texts_with_a_token_of_their_own_come_first_and_survive(tmp_path):
         assert tokenizer.decode(ids, skip_special_tokens=True) == text and 100 in ids
     assert len(tokenizer) == 103 and tokenizer("<eos>", split_special_tokens=True)["input_ids"] != [2]
     assert AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.shape == (103, 32)
+
+
+def test_words_have_a_token_where_they_stand_alone(tmp_path):
+    (tmp_path / "words.json").write_text('["Al", "Algeria", "El-Oued"]')
+    spec = SMALL.model_copy(update={"words": str(tmp_path / "words.json"), "tokens": ["<think>"]})
+    tokenizer = AutoTokenizer.from_pretrained(new_causal(spec, tmp_path / "model", seed=0))
+    text = "Al Alba Algeria<think>El-Oued."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [number for number in ids if number >= 98] == [99, 100, 98, 101] and tokenizer.decode(ids) == text
+    assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(tmp_path / "model").lm_head.weight.shape[0] == 102
+    for content, part in (("[1]", "holds no list of texts"), ("[", "JSONDecodeError")):
+        (tmp_path / "words.json").write_text(content)
+        with pytest.raises(ConfigError, match=f"new_model.words=.*{part}"):
+            new_causal(spec, tmp_path / "other", seed=0)
 
 
 @pytest.mark.parametrize("tied", [False, True])

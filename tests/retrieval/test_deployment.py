@@ -1,12 +1,16 @@
-"""The Ray Serve application and the actor, as far as they can be looked at without a cluster."""
+"""The Ray Serve application, also on a live cluster, and the actor."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-from ray import cloudpickle
+import pytest
+import ray
+from ray import cloudpickle, serve
 
+from raysys.head import Head, free_port
+from raysys.retrieval.client import SearchClient, SearchSettings
 from raysys.retrieval.deployment import ActorSearch, serve_app
 from raysys.retrieval.search import IndexSettings, LocalSearch
 from tests.retrieval.conftest import ROWS, Writer
@@ -19,6 +23,30 @@ def test_an_application_scales_between_its_bounds_and_serves_the_same_routes(wri
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 5, 3)
     assert deployment.name == "search"
     assert cloudpickle.loads(cloudpickle.dumps(deployment.func_or_class))  # pyright: ignore[reportPrivateImportUsage]
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(180)
+def test_replicas_on_a_live_cluster_answer_as_the_index_does(write: Writer, local: LocalSearch, ray_head: Head) -> None:
+    app = serve_app(IndexSettings(corpus=str(write(ROWS))), min_replicas=2, max_replicas=2, cpus=0.1)
+    port = free_port()
+
+    async def story() -> None:
+        client = SearchClient(SearchSettings(url=f"http://127.0.0.1:{port}"))
+        await client.wait_healthy(30)
+        queries = ["yen", "capital of France", "volcanoes"]
+        for _ in range(4):  # both replicas have their turn
+            assert await client.search(queries, 2) == await local.search(queries, 2)
+        await client.close()
+
+    ray.init(address=ray_head.gcs, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(app)
+        asyncio.run(story())
+    finally:
+        serve.shutdown()
+        ray.shutdown()
 
 
 def test_an_actor_is_searched_as_an_index_is(local: LocalSearch) -> None:
