@@ -110,7 +110,9 @@ def _plan_stage(
 
 def _digest(job: str, config: Run) -> str:
     # `steps` may grow on a resume and so is no part of the identity, but another number of steps is another model.
-    content = {"job": job, "identity": config.identity(), "steps": getattr(config, "steps", None)}
+    # Keys that are unset are left out, so that a later version with more of them does not run everything again.
+    identity = {key: value for key, value in config.identity().items() if value not in (None, [], {}, "")}
+    content = {"job": job, "identity": identity, "steps": getattr(config, "steps", None)}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 

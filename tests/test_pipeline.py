@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from raysys import pipeline, stages
+from raysys.config.runs import Run
 from raysys.errors import ConfigError
 
 FAKE_JOB = """
@@ -123,6 +124,14 @@ def test_placement_does_not_move_a_stage_but_steps_do(place: Path) -> None:
     assert digests(planned(place, "trainer.ranks=2", "checkpoint_every=3")) == before
     after = digests(planned(place, "steps=9"))
     assert after["opd"] != before["opd"] and after["base"] == before["base"]
+
+
+def test_a_key_that_a_later_version_adds_moves_no_stage_while_it_is_unset(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, identity = digests(planned(place)), Run.identity
+    monkeypatch.setattr(Run, "identity", lambda self: identity(self) | {"later": None, "laters": []})
+    assert digests(planned(place)) == before
+    monkeypatch.setattr(Run, "identity", lambda self: identity(self) | {"later": 0})
+    assert digests(planned(place)) != before
 
 
 def test_seed_goes_to_every_stage(place: Path) -> None:
