@@ -1,0 +1,118 @@
+"""How a mixture of experts chooses: the router with or without MPI, its losses, and what is watched of it.
+
+Legend: T tokens, N experts, K of them a token, D width, d expert width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from raysys.methods.mpi import Matrix, effective_router, input_matrix, powered
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Settings of a router. The defaults are those of MPI (arXiv 2606.12397); `mpi=False` is a plain linear router.
+
+    Attributes:
+        mpi: rows are those of `raysys.methods.mpi.effective_router`.
+        scale: the paper's C'; every row has norm C' / sqrt(N).
+        iterations: power steps; 0 leaves only the normalisation.
+        retract: without, rows keep the size that the power step gives them.
+        matrix: the experts' matrix that rows follow.
+        detach_expert: routing sends no gradient into the experts.
+        gate: of the logits.
+        normalise_first: probabilities over all experts, then the largest; without, over the chosen ones only.
+        renormalise: the weights of a token sum to 1.
+    """
+
+    mpi: bool = True
+    scale: float = 4.0
+    iterations: int = 1
+    retract: bool = True
+    matrix: Matrix = "gate"
+    detach_expert: bool = False
+    gate: Literal["softmax", "sigmoid"] = "softmax"
+    normalise_first: bool = True
+    renormalise: bool = False
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a router decided for [T] tokens. `weights`, `indices`: [T, K]; `logits`, `probs`: [T, N] float32 or float64."""
+
+    weights: Tensor
+    indices: Tensor
+    logits: Tensor
+    probs: Tensor
+
+    @property
+    def load(self) -> Tensor:
+        """Tokens of each expert, [N]."""
+        return self.indices.flatten().bincount(minlength=self.probs.shape[1])
+
+
+class Router(nn.Module):
+    """Scores tokens. Its parameter [N, D] is stored as a plain router's; what it scores with is `rows`."""
+
+    def __init__(self, experts: int, top_k: int, width: int, routing: Routing):
+        super().__init__()
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"top_k must be 1 to the number of experts {experts}, got {top_k}")
+        self.top_k, self.routing = top_k, routing
+        self.weight = nn.Parameter(torch.empty(experts, width))
+
+    def rows(self, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """The rows that score, [N, D], of the experts' matrices [N, d, D], [N, d, D] and [N, D, d]."""
+        how = self.routing
+        if not how.mpi:
+            return self.weight
+        matrix = input_matrix(how.matrix, gate, up, down)
+        if not how.retract:
+            return powered(self.weight, matrix, how.iterations, how.detach_expert, sized=False)
+        scale = how.scale / math.sqrt(len(self.weight))
+        return effective_router(self.weight, matrix, scale, how.iterations, how.detach_expert)
+
+    def forward(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Routed:
+        """x: [T, D]."""
+        with torch.autocast(x.device.type, enabled=False):
+            rows = self.rows(gate, up, down)
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            return choose(x.to(dtype) @ rows.to(dtype).T, self.top_k, self.routing)
+
+
+def choose(logits: Tensor, top_k: int, routing: Routing) -> Routed:
+    """Probabilities and the chosen experts of [T, N] logits; ties go to the expert with the lower number on CPU."""
+    if routing.gate == "sigmoid":
+        probs = logits.sigmoid()
+    else:
+        probs = logits.softmax(dim=-1)
+    if routing.normalise_first or routing.gate == "sigmoid":
+        weights, indices = probs.topk(top_k, dim=-1)
+    else:
+        chosen, indices = logits.topk(top_k, dim=-1)
+        weights = chosen.softmax(dim=-1)
+    if routing.renormalise:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return Routed(weights, indices, logits, probs)
+
+
+def balance_loss(routed: Routed) -> Tensor:
+    """N sum_i f_i P_i: 1 where all experts get the same share of tokens and of probability. A scalar.
+
+    f: share of the T K choices, without gradient; P: mean probability, of the softmax or of sigmoids brought to sum 1.
+    """
+    n = routed.probs.shape[1]
+    share = routed.load.to(routed.probs.dtype) / max(1, routed.indices.numel())
+    probs = routed.probs / routed.probs.sum(dim=-1, keepdim=True)
+    return n * (share * probs.mean(dim=0)).sum()
+
+
+def z_loss(routed: Routed) -> Tensor:
+    """Mean of the squared log-partition of the logits, a scalar: keeps them small."""
+    return routed.logits.logsumexp(dim=-1).square().mean()
