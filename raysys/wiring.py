@@ -5,6 +5,7 @@ This and `jobs/` are the only places, with `loop.py` and `cli.py`, that know mor
 
 from __future__ import annotations
 
+import itertools
 import logging
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,6 +41,7 @@ from raysys.checks import (
 )
 from raysys.colocate import TurningPusher, TurningTrainer, lodger
 from raysys.config.agents import QuestionsConfig, SearchAgentConfig
+from raysys.config.parts import Weights
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, SftConfig
 from raysys.data.prepare import write_questions
 from raysys.data.stream import PromptStream
@@ -49,6 +51,7 @@ from raysys.generation.run import generate
 from raysys.job import Session
 from raysys.loop import Evaluates, Parts
 from raysys.report.live import Live
+from raysys.rollout.engine import revision, stop_ids
 from raysys.rollout.members import Member
 from raysys.rollout.pool import RolloutPool
 from raysys.rollout.recorded import Recorder, Replay, Takes
@@ -59,7 +62,9 @@ from raysys.supervised import DataSource, Doubts, NoPush, NoScorers
 from raysys.training.calibrated import CalibAdvObjective
 from raysys.training.hybrid import HpdObjective
 from raysys.training.objectives import GopdObjective, Objective, SftObjective
+from raysys.training.stored import StoredModels
 from raysys.watching import Usage, scorer_ranks, status
+from raysys.weights.push import Pusher
 
 log = logging.getLogger("raysys")
 
@@ -226,15 +231,27 @@ def _on_data(config: SftConfig | HpdConfig, session: Session, student: str, obje
 
 
 def run_evaluate(config: EvaluateConfig, session: Session) -> None:
-    """Evaluates each checkpoint in turn; one already on record is not repeated."""
+    """Evaluates each checkpoint in turn; one already on record is not repeated. Models of one architecture share their engines."""
     hardware = Hardware.choose(config, "auto", config.rollout.fewest * config.rollout.tensor_parallel)
-    for label, folder in config.models.items():
-        model = local_or_id(folder)
-        with open_pool(config, model, hardware, session.folder) as pool:
-            pool.start()
-            evaluator = open_evaluator(config, session, pool, None, model, before=None, label=label)
-            evaluator.run(0)
+    models = {label: local_or_id(folder) for label, folder in config.models.items()}
+    for _, alike in itertools.groupby(models.items(), key=lambda one: (revision(one[1]), stop_ids(one[1]))):
+        _evaluate_alike(config, session, hardware, dict(alike))
     session.ledger.finish(0)
+
+
+def _evaluate_alike(config: EvaluateConfig, session: Session, hardware: Hardware, models: dict[str, str]) -> None:
+    """Engines start with the first model and get the weights of the others, with the proofs of every push."""
+    with ExitStack() as stack:
+        pool = stack.enter_context(open_pool(config, next(iter(models.values())), hardware, session.folder))
+        stored = stack.enter_context(StoredModels(hardware.dtype, config.deadlines))
+        start_all(rollout=pool.start, **({"weights": stored.start} if len(models) > 1 else {}))
+        for number, (label, model) in enumerate(models.items()):
+            if number:
+                stored.read(model)
+                pusher = Pusher(stored, pool, Weights(), config.deadlines, engine_ranks=config.rollout.tensor_parallel)
+                pusher.push(number)
+                pool.admit = pusher.catch_up
+            open_evaluator(config, session, pool, None, model, before=None, label=label).run(0)
 
 
 def run_generate(config: GenerateConfig, session: Session) -> None:

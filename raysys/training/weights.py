@@ -24,7 +24,7 @@ class BucketPlan:
     Tied tensors travel once a name: an engine may keep a copy of its own under each (vLLM on CPU does).
 
     Args:
-        engine: a DeepSpeed engine around a transformers model.
+        engine: a DeepSpeed engine around a transformers model, or a `Whole` one.
         max_bytes: of a bucket; a larger tensor gets one of its own.
     """
 
@@ -46,7 +46,7 @@ class BucketPlan:
         given (`raysys.batch.Placed`).
         """
         names = self.buckets[index]
-        first = torch.distributed.get_rank() == 0
+        first = _first_rank()
         with gathered(self._engine, [self._tensors[name] for name in names]):
             return None if not first else self._placed(index) if in_place else self._packed(index)
 
@@ -75,7 +75,7 @@ class BucketPlan:
         Without a sender nothing is offered, and rank 0 alone says what would have been.
         """
         names = self.buckets[index]
-        first = torch.distributed.get_rank() == 0
+        first = _first_rank()
         with gathered(self._engine, [self._tensors[name] for name in names]):
             if sender is None and not first:
                 return None
@@ -122,6 +122,20 @@ class BucketPlan:
         shapes, dtypes = zip(*(self.manifest[name] for name in names), strict=True)
         offsets = [0, *np.cumsum([_aligned(size) for size in sizes[:-1]]).tolist()]
         return Bucket(tuple(names), shapes, dtypes, tuple(offsets), ("",) * len(names), np.zeros(0, np.uint8))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A model that no engine has in parts, in a process that is one of no group."""
+
+    module: Any
+
+    def zero_optimization_stage(self) -> int:
+        return 0
+
+
+def _first_rank() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 @dataclass(frozen=True)

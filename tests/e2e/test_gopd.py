@@ -242,6 +242,25 @@ def test_the_routed_teacher_is_the_one_that_scored(place: Workplace, tied: Path)
     assert abs(steps[0]["reverse_kl/add"]) < 1e-5 < steps[0]["reverse_kl/rev"]
 
 
+def test_models_of_one_architecture_are_evaluated_by_the_same_engine(place: Workplace, base: Path, teacher: Path) -> None:
+    """Weights that were pushed into it answer as those that it began with."""
+    task = {"evaluation": {"rows": 16, "data": {"source": {"split": "choose", "domains": {"rev": REV}}}}}
+    models = {"teacher": str(teacher / "export"), "base": str(base / "export"), "again": str(teacher / "export")}
+    found = by_label(place.run("evaluate", "table", task | {"max_prompt_tokens": 16, "max_response_tokens": 14, "models": models}))
+    assert list(found) == ["teacher", "base", "again"]
+    assert found["again"] == found["teacher"] != found["base"]
+    assert (place.folder / "table.log").read_text().count("is up after") == 1
+
+
+def by_label(folder: Path) -> dict[str, list[Any]]:
+    """What was measured, and examples of responses with their scores."""
+    found: dict[str, list[Any]] = {}
+    for name, keys in (("evaluation", ("domains",)), ("samples", ("prompt", "response", "score"))):
+        for row in map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines()):
+            found.setdefault(row["label"], []).append([row[key] for key in keys])
+    return found
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
