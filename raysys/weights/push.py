@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import ray
@@ -31,13 +31,17 @@ PROBE = 32
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 
 
-class Trains(Protocol):
-    """What a push needs of a trainer."""
+class Gives(Protocol):
+    """What a push through the host's memory needs of whoever has the weights."""
 
     def bucket_plan(self, max_bytes: int) -> tuple[Manifest, int]: ...
     def memory(self) -> str: ...
     def gather_bucket(self, index: int, in_place: bool = False) -> Any: ...
     def probe_logprobs(self, ids: Sequence[int]) -> np.ndarray: ...
+
+
+class Trains(Gives, Protocol):
+    """What a push from GPU to GPU needs of a trainer."""
 
     # Only for `weights.backend=nccl`:
     def meeting_point(self) -> tuple[str, int]: ...
@@ -87,7 +91,7 @@ class Pusher:
     would go wrong again, and stops the run with the first tensor's name.
 
     Args:
-        trainer: see `Trains`.
+        trainer: see `Gives`; with `weights.backend` nccl or ipc see `Trains`.
         engines: the pool.
         config: bucket size and parity tolerance.
         probe_ids: the fixed sequence; None makes one that fits the engine's vocabulary and window.
@@ -96,7 +100,7 @@ class Pusher:
 
     def __init__(
         self,
-        trainer: Trains,
+        trainer: Gives,
         engines: Engines,
         config: Weights,
         deadlines: Deadlines,
@@ -152,19 +156,20 @@ class Pusher:
 
     def _broadcast(self, audience: Audience) -> dict[str, str]:
         """All buckets from GPU to GPU; all ranks take part in one at a time. Returns digests of what left."""
+        trainer = cast("Trains", self._trainer)
         names = [member.name for member in audience.members]
         if names != self._joined:
-            address, port = self._trainer.meeting_point()
+            address, port = trainer.meeting_point()
             world = 1 + self._engine_ranks * len(names)
-            opened = self._trainer.open_sender(NcclSender, address, port, world)
+            opened = trainer.open_sender(NcclSender, address, port, world)
             firsts = dict(zip(names, range(1, world, self._engine_ranks), strict=True))
             joins = {member: handle.join.remote(address, port, firsts[member.name], world) for member, handle in audience.present()}
             audience.settle(joins, "join the trainer's group", [opened])
             self._joined = names
         left: dict[str, str] = {}
         for index in range(self._count):
-            receiving = audience.call("update", self._trainer.bucket_header(index))
-            left |= audience.settle(receiving, "update", self._trainer.send_bucket(index))[0]
+            receiving = audience.call("update", trainer.bucket_header(index))
+            left |= audience.settle(receiving, "update", trainer.send_bucket(index))[0]
             if len(audience.members) < len(names):
                 self._joined = []
                 raise InfrastructureError(
@@ -174,9 +179,10 @@ class Pusher:
 
     def _hand_over(self, audience: Audience) -> dict[str, str]:
         """All buckets to each worker from the rank on its GPU. Returns digests of what left."""
+        trainer = cast("Trains", self._trainer)
 
         def start(index: int) -> tuple[dict[Any, Any], Any]:
-            offers = self._trainer.offer_bucket(index, IpcSender, {member.place for member in audience.members})
+            offers = trainer.offer_bucket(index, IpcSender, {member.place for member in audience.members})
             return {member: handle.update.remote(offers[member.place]) for member, handle in audience.present()}, offers
 
         left: dict[str, str] = {}
@@ -184,7 +190,7 @@ class Pusher:
             for bucket in self._under_way(audience, start):
                 left |= dict(zip(bucket.names, bucket.digests, strict=True))
         finally:
-            self._trainer.withdraw_buckets()
+            trainer.withdraw_buckets()
         return left
 
     def _send(self, audience: Audience) -> dict[str, str]:
