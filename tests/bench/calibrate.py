@@ -24,6 +24,7 @@ import torch
 
 from raysys.methods.calibadv import calibrate, score_table, step_scores
 from raysys.methods.calibadv_metrics import calibration_metrics, run_perplexity
+from tests.bench.peak import own_memory
 
 DEFAULTS: dict[str, Any] = {"questions": 512, "samples": 5, "tokens": 4096, "searches": 4, "words": 300, "rounds": 5, "threads": 1}
 PARTS = ("step_scores usual", "step_scores hard", "calibrate", "calibration_metrics", "run_perplexity")
@@ -58,13 +59,13 @@ def _measure(size: dict[str, Any], part: str) -> dict[str, float]:
     work = _work(size, part)
     # Writing 5 makes the high-water mark start over from here, else it would be that of making the arguments.
     Path("/proc/self/clear_refs").write_text("5")
-    before, seconds, spent = _status("VmRSS"), [], []
+    before, seconds, spent = own_memory("VmRSS"), [], []
     for _ in range(size["rounds"]):
         began, used = time.perf_counter(), time.process_time()
         work()
         seconds.append(time.perf_counter() - began)
         spent.append(time.process_time() - used)
-    peak = (_status("VmHWM") - before) / MIB
+    peak = (own_memory("VmHWM") - before) / MIB
     return {"seconds": statistics.median(seconds), "processor_seconds": statistics.median(spent), "peak_mib": peak}
 
 
@@ -117,12 +118,6 @@ def _rollouts(size: dict[str, Any], hard: bool) -> list[list[dict[str, Any]]]:
             group.append({"valid": True, "reward": 1.0 if hard else dice.choice([0.0, 0.5, 0.8, 1.0]), "steps": steps})
         groups.append(group)
     return groups
-
-
-def _status(key: str) -> int:
-    """Bytes of a line of /proc/self/status: VmRSS now, VmHWM at the highest."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
 if __name__ == "__main__":

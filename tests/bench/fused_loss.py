@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from raysys.methods.logprobs import draw_logprobs, surrogate, token_logprobs
+from tests.bench.peak import own_memory
 
 DEFAULTS: dict[str, Any] = {
     "tokens": None,
@@ -201,15 +202,9 @@ def _measure(size: dict[str, Any], side: str) -> int:
         before = torch.cuda.memory_allocated()
         _once(side, inputs, size)
         return torch.cuda.max_memory_allocated() - before
-    before = _status("VmRSS")
+    before = own_memory("VmRSS")
     _once(side, inputs, size)
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    """Bytes of a line of /proc/self/status: VmRSS now, VmHWM at the highest since the process began."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+    return own_memory("VmHWM") - before
 
 
 if __name__ == "__main__":

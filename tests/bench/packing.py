@@ -28,6 +28,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from raysys.models.causal import load_causal, response_logprobs
 from raysys.models.microbatch import pack_rows
+from tests.bench.peak import own_memory
 
 DEFAULTS: dict[str, Any] = {
     "rows": 64,
@@ -165,15 +166,9 @@ def _measure(size: dict[str, Any], form: str, folder: str, threads: int) -> int:
     model = load_causal(folder, "float32", trainable=True)
     small = _rows({**size, "rows": 2, "median": 9, "cap": 12}, seed=0)
     _step(model, size, form, small)  # libraries, threads and their buffers are no part of any form
-    before = _status("VmRSS")
+    before = own_memory("VmRSS")
     _step(model, size, form, _rows(size, seed=1))
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    """Bytes of a line of /proc/self/status: VmRSS now, VmHWM at the highest since the process began."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+    return own_memory("VmHWM") - before
 
 
 if __name__ == "__main__":

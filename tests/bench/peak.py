@@ -67,6 +67,12 @@ def memory(pid: int) -> dict[str, dict[str, float]]:
     return dict(parts)
 
 
+def own_memory(key: str, pid: int | str = "self") -> int:
+    """Bytes of a line of a process' status: VmRSS now, VmHWM at the highest since it began, RssFile the part mapped from files."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+
 def family(pid: int) -> list[psutil.Process]:
     try:
         return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]

@@ -31,6 +31,7 @@ import numpy as np
 
 from raysys.retrieval.client import SearchClient, SearchSettings
 from raysys.retrieval.wire import read_answer, write_request
+from tests.bench.peak import own_memory
 
 DEFAULTS: dict[str, Any] = {
     "documents": 100_000,
@@ -124,7 +125,7 @@ def _build(path: str, size: dict[str, Any]) -> dict[str, float]:
 
     began = time.perf_counter()
     LocalSearch(IndexSettings(corpus=path, rebuild=True))
-    return {"seconds": time.perf_counter() - began, "peak_mib": _status("VmHWM") / MIB}
+    return {"seconds": time.perf_counter() - began, "peak_mib": own_memory("VmHWM") / MIB}
 
 
 def _batch(path: str, size: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +136,7 @@ def _batch(path: str, size: dict[str, Any]) -> dict[str, Any]:
     batches = [queries[first : first + size["batch"]] for first in range(0, len(queries), size["batch"])]
     for each in batches:
         search.find(each, topk)
-    memory = {"resident_mib": _status("VmRSS") / MIB, "mapped_mib": _status("RssFile") / MIB}
+    memory = {"resident_mib": own_memory("VmRSS") / MIB, "mapped_mib": own_memory("RssFile") / MIB}
     forms: dict[str, Callable[[list[str]], Any]] = {
         "bare": _bare(search.corpus.folder, topk),
         "rows": lambda batch: search.index.best(batch, topk),
@@ -189,8 +190,8 @@ def _service(path: Path, size: dict[str, Any], clients: list[int], seconds: floa
                         "queries_per_second": len(waits) / took,
                         "p50_ms": 1e3 * float(np.percentile(waits, 50)),
                         "p99_ms": 1e3 * float(np.percentile(waits, 99)),
-                        "resident_mib": _status("VmRSS", process.pid) / MIB,
-                        "mapped_mib": _status("RssFile", process.pid) / MIB,
+                        "resident_mib": own_memory("VmRSS", process.pid) / MIB,
+                        "mapped_mib": own_memory("RssFile", process.pid) / MIB,
                     }
                 )
     finally:
@@ -237,12 +238,6 @@ async def _asked(
 
     await asyncio.gather(*(client(number) for number in range(count)))
     return waits, time.perf_counter() - began
-
-
-def _status(key: str, pid: int | str = "self") -> int:
-    """Bytes of a line of a process' status: VmRSS now, VmHWM at the highest, RssFile the part mapped from files."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
 if __name__ == "__main__":
