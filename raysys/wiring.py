@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from raysys.agent_transcripts import Transcripts
@@ -210,12 +211,12 @@ def _on_data(config: SftConfig | HpdConfig, session: Session, student: str, obje
         if scoring and isinstance(config, HpdConfig):
             scorers = stack.enter_context(open_scorers(config, student, hardware, trainer if lodging else None))
             starts["scorer"] = scorers.start
+        streams: list[PromptStream] = []
+        starts["data"] = partial(_open_data, config, session, student, streams)
         if lodging:
             start_all(trainer=starts.pop("trainer"))  # the scorers live where it is
         start_all(**starts)
-        shared = shared_vocabulary(config) if isinstance(config, HpdConfig) else None
-        limits = config.max_prompt_tokens, config.max_response_tokens
-        stream = PromptStream(config.data, student, config.seed, *limits, supervised=True, shared=shared)
+        (stream,) = streams
         source = DataSource(stream)
         resume(session, trainer, source)
         evaluator: Evaluates = NoEvaluation()
@@ -228,6 +229,15 @@ def _on_data(config: SftConfig | HpdConfig, session: Session, student: str, obje
         finish(config, session, parts, trainer, max_age=0)
         log.info(usage.summary())
         tell_bad_rows(stream)
+
+
+def _open_data(config: SftConfig | HpdConfig, session: Session, student: str, into: list[PromptStream]) -> None:
+    """The rows; reading them begins, unless the run goes on at another place."""
+    shared = shared_vocabulary(config) if isinstance(config, HpdConfig) else None
+    limits = config.max_prompt_tokens, config.max_response_tokens
+    into.append(PromptStream(config.data, student, config.seed, *limits, supervised=True, shared=shared))
+    if session.ledger.resume_point is None:
+        into[0].prefetch()
 
 
 def run_evaluate(config: EvaluateConfig, session: Session) -> None:

@@ -121,6 +121,11 @@ class FileRows:
         self._whole: pa.Table | None = None
         self._ahead: _Ahead | None = None
 
+    def prefetch(self) -> None:
+        """Begins to read what comes next."""
+        if self._table is None and self._whole is None and self._ahead is None:
+            self._ahead = _Ahead(self._reader, self._windows(self._epoch)[self._window :])
+
     def take(self, count: int) -> Batch:
         pieces: list[Batch] = []
         while count:
@@ -175,8 +180,8 @@ class FileRows:
         """The window's rows in the order of its units."""
         if self._whole is not None:
             return self._whole
-        if self._ahead is None:
-            self._ahead = _Ahead(self._reader, self._windows(self._epoch)[self._window :])
+        self.prefetch()
+        assert self._ahead is not None
         table = self._ahead.next(self._deadline)
         if self._ahead.done:
             self.close()

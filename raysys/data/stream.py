@@ -19,6 +19,7 @@ from raysys.errors import CheckpointError
 class Rows(Protocol):
     """A source of encoded rows with a cursor."""
 
+    def prefetch(self) -> None: ...
     def take(self, count: int) -> Batch: ...
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: Mapping[str, Any]) -> None: ...
@@ -66,6 +67,10 @@ class PromptStream:
 
             self._kind = "file"
             self._rows = FileRows(data, encoder, seed, self._report, deadline)
+
+    def prefetch(self) -> None:
+        """Begins to read files, so that the first `take` need not wait for Ray Data's workers to start."""
+        self._rows.prefetch()
 
     def take(self, n: int) -> Batch:
         """The next `n` usable rows: prompt_id (`<row id>@<epoch>`), sample (0), domain, prompt_ids, answer, verifier, metadata
@@ -122,6 +127,9 @@ class ProceduralRows:
 
     def __init__(self, mixture: Mixture, encoder: Encoder, report: BadRows):
         self._mixture, self._encoder, self._report = mixture, encoder, report
+
+    def prefetch(self) -> None:
+        return None
 
     def take(self, count: int) -> Batch:
         wanted = self._mixture.places(count)
