@@ -245,10 +245,10 @@ def test_the_routed_teacher_is_the_one_that_scored(place: Workplace, tied: Path)
 def test_models_of_one_architecture_are_evaluated_by_the_same_engine(place: Workplace, base: Path, teacher: Path) -> None:
     """Weights that were pushed into it answer as those that it began with."""
     task = {"evaluation": {"rows": 16, "data": {"source": {"split": "choose", "domains": {"rev": REV}}}}}
-    models = {"teacher": str(teacher / "export"), "base": str(base / "export"), "again": str(teacher / "export")}
+    models = {"first": str(teacher / "export"), "second": str(base / "export"), "third": str(teacher / "export")}
     found = by_label(place.run("evaluate", "table", task | {"max_prompt_tokens": 16, "max_response_tokens": 14, "models": models}))
-    assert list(found) == ["teacher", "base", "again"]
-    assert found["again"] == found["teacher"] != found["base"]
+    assert list(found) == ["first", "second", "third"]
+    assert found["third"] == found["first"] != found["second"]
     assert (place.folder / "table.log").read_text().count("is up after") == 1
 
 
