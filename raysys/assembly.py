@@ -239,12 +239,14 @@ def held_out(part: EvaluationPart, tokenizer: str, config: Any) -> Batch:
 def make_model(config: SftConfig, folder: Path) -> str:
     import ray
 
-    start = folder / "start"
+    start, spec = folder / "start", config.new_model
+    if spec.words is not None:  # as the driver sees it: a task runs elsewhere
+        spec = spec.model_copy(update={"words": str(Path(spec.words).absolute())})
 
     def make() -> None:  # in a task, so that the driver never imports torch
         from raysys.models.scratch import new_causal
 
-        new_causal(config.new_model, start, config.seed)
+        new_causal(spec, start, config.seed)
 
     if not (start / "config.json").is_file():
         get(

@@ -55,6 +55,9 @@ def check_questions(config: QuestionsConfig) -> None:
 def check_sft(config: SftConfig) -> None:
     """As `check_gopd`. A model that the run makes itself has nothing to check but its data."""
     student = local_or_id(config.student) if config.student else None
+    words = config.new_model.words
+    if student is None and words is not None and not Path(words).is_file():
+        raise ConfigError(f"new_model.words={words} does not exist", "jobs/questions.py writes a words.json")
     _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, None, supervised=True)
 
 

@@ -52,7 +52,7 @@ from raysys.generation.run import generate
 from raysys.job import Session
 from raysys.loop import Evaluates, Parts
 from raysys.report.live import Live
-from raysys.rollout.engine import revision, stop_ids
+from raysys.rollout.engine import quantised, revision, stop_ids
 from raysys.rollout.members import Member
 from raysys.rollout.pool import RolloutPool
 from raysys.rollout.recorded import Recorder, Replay, Takes
@@ -244,9 +244,15 @@ def run_evaluate(config: EvaluateConfig, session: Session) -> None:
     """Evaluates each checkpoint in turn; one already on record is not repeated. Models of one architecture share their engines."""
     hardware = Hardware.choose(config, "auto", config.rollout.fewest * config.rollout.tensor_parallel)
     models = {label: local_or_id(folder) for label, folder in config.models.items()}
-    for _, alike in itertools.groupby(models.items(), key=lambda one: (revision(one[1]), stop_ids(one[1]))):
+    for _, alike in itertools.groupby(models.items(), key=_kin):
         _evaluate_alike(config, session, hardware, dict(alike))
     session.ledger.finish(0)
+
+
+def _kin(model: tuple[str, str]) -> tuple[object, ...]:
+    """Equal for labels and folders whose weights fit the same engine; a quantised model is on its own."""
+    label, folder = model
+    return revision(folder), stop_ids(folder), label if quantised(folder) else ""
 
 
 def _evaluate_alike(config: EvaluateConfig, session: Session, hardware: Hardware, models: dict[str, str]) -> None:

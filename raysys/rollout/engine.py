@@ -77,6 +77,11 @@ def stop_ids(model: str) -> list[int]:
     raise ConfigError(f"{model} names no eos_token_id, so no response would ever end", "add it to the folder's generation_config.json")
 
 
+def quantised(model: str) -> bool:
+    """Whether a folder's weights are packed codes, which no push carries."""
+    return "quantization_config" in _read(model, "config.json")
+
+
 def revision(model: str) -> str:
     """Tells one model's architecture from another's: a hash of its config."""
     return hashlib.blake2b(json.dumps(_read(model, "config.json"), sort_keys=True).encode(), digest_size=6).hexdigest()
