@@ -61,8 +61,8 @@ class Ledger:
             (run_dir / folder).mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
         self._check_identity()
-        self.resume_point = self._newest()
-        self.step = self._manifest(self.resume_point)["step"] if self.resume_point else 0
+        self.resume_point = newest_point(run_dir)
+        self.step = _manifest(self.resume_point)["step"] if self.resume_point else 0
         self.committed = self.step
         """Steps that are recorded; those beyond the resume point are done again after a crash."""
         if not self.finished:
@@ -112,7 +112,7 @@ class Ledger:
     def checkpoint(self, step: int, trainer: Saves, source: Resumes) -> Path:
         """Publishes the resume point from which `step` is the next to run, then drops the oldest beyond `keep`."""
         final = self.run_dir / "checkpoints" / f"step_{step:08d}"
-        if final.exists() and self._complete(final):
+        if final.exists() and _complete(final):
             return final
         draft = final.with_name(f".draft_{final.name}")
         for stale in (draft, final):
@@ -137,7 +137,7 @@ class Ledger:
         write_json(draft / MANIFEST, {"step": step, "version": step, "files": files})
         os.replace(draft, final)
         sync(final.parent)
-        for old in self._points()[: -self.keep]:
+        for old in _points(self.run_dir)[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
         return final
 
@@ -179,39 +179,44 @@ class Ledger:
                 )
         write_atomically(path, self._config.to_yaml())
 
-    def _points(self) -> list[Path]:
-        return sorted(path for path in (self.run_dir / "checkpoints").glob("step_*") if path.is_dir())
-
-    def _newest(self) -> Path | None:
-        for point in reversed(self._points()):
-            if self._complete(point):
-                return point
-            log.warning("checkpoint %s is incomplete; going back to the one before it", point)
-        return None
-
-    def _complete(self, point: Path) -> bool:
-        try:
-            files = self._manifest(point)["files"]
-        except (CheckpointError, KeyError):
-            return False
-        return all((point / name).is_file() and (point / name).stat().st_size == size for name, size in files.items())
-
-    def _manifest(self, point: Path) -> dict[str, Any]:
-        try:
-            return json.loads((point / MANIFEST).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{point} has no readable manifest: {error}", "delete the folder; the one before it is used") from None
-
     def _roll_back(self) -> None:
         for draft in (self.run_dir / "checkpoints").glob(".draft_*"):
             shutil.rmtree(draft, ignore_errors=True)
-        for point in self._points():
+        for point in _points(self.run_dir):
             if self.resume_point is None or point.name > self.resume_point.name:
                 shutil.rmtree(point, ignore_errors=True)
         for name in PER_STEP_FILES:
             cut_lines(self.run_dir / name, self.step)
         if self.step:
             log.info("resuming %s at step %d", self.run_dir, self.step)
+
+
+def newest_point(run_dir: Path) -> Path | None:
+    """The newest resume point of a run's folder that is whole."""
+    for point in reversed(_points(run_dir)):
+        if _complete(point):
+            return point
+        log.warning("checkpoint %s is incomplete; going back to the one before it", point)
+    return None
+
+
+def _points(run_dir: Path) -> list[Path]:
+    return sorted(path for path in (run_dir / "checkpoints").glob("step_*") if path.is_dir())
+
+
+def _complete(point: Path) -> bool:
+    try:
+        files = _manifest(point)["files"]
+    except (CheckpointError, KeyError):
+        return False
+    return all((point / name).is_file() and (point / name).stat().st_size == size for name, size in files.items())
+
+
+def _manifest(point: Path) -> dict[str, Any]:
+    try:
+        return json.loads((point / MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{point} has no readable manifest: {error}", "delete the folder; the one before it is used") from None
 
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -90,9 +90,9 @@ class Estimate:
         device = self.device
         if device.kind == "cpu":
             needed = sum(place.total * place.actors for place in self.places)
-            return [f"all processes need {_amount(needed)}, this machine has {_amount(device.bytes)}"] if needed > device.bytes else []
+            return [f"all processes need {amount(needed)}, this machine has {amount(device.bytes)}"] if needed > device.bytes else []
         found = [
-            f"{place.role} needs {_amount(place.total)} on each GPU, {_amount(device.bytes)} are there: {place.remedy}"
+            f"{place.role} needs {amount(place.total)} on each GPU, {amount(device.bytes)} are there: {place.remedy}"
             for place in self.places
             if place.total > device.bytes
         ]
@@ -114,6 +114,11 @@ def choose(config: Run, asked: Literal["gpu", "cpu"] | None, gpu_gib: float, gpu
         wanted = "gpu" if gpus is not None or largest >= 100_000_000 else "cpu"
     if wanted == "gpu":
         return gpu
+    return this_machine()
+
+
+def this_machine() -> Device:
+    """Its CPUs' memory, as one device."""
     import psutil
 
     return Device("cpu", float(psutil.virtual_memory().total))
@@ -196,7 +201,7 @@ def trainer_place(trainer: Trainer, shape: Shape, bucket_bytes: int, device: Dev
     }
     notes = [f"{ranks} rank(s), ZeRO {stage}, {trainer.micro_batch_tokens} tokens a micro-batch"]
     if trainer.offload_optimizer:
-        notes.append(f"optimiser in host memory: {_amount(states)} a rank")
+        notes.append(f"optimiser in host memory: {amount(states)} a rank")
     remedy = "raise trainer.ranks or zero_stage, lower micro_batch_tokens, set activation_checkpointing or offload_optimizer"
     return Place("trainer", ranks, 1, parts, notes, remedy)
 
@@ -207,7 +212,7 @@ def scorer_place(frozen: Sequence[Shape], scoring: Scoring, device: Device) -> P
     weights = float(device.width * sum(shape.parameters for shape in frozen))
     notes = [f"{len(frozen)} frozen model(s) a rank"]
     if scoring.offload:
-        notes.append(f"in host memory: {_amount(weights)} a rank")
+        notes.append(f"in host memory: {amount(weights)} a rank")
         weights = 2.0 * device.width * max(shape.largest_module for shape in frozen)
     parts = {
         "weights": weights,
@@ -299,8 +304,8 @@ def render(found: Estimate) -> str:
     device = found.device
     lines = ["models"]
     for role, shape in found.models.items():
-        lines.append(f"  {role:14} {_count(shape.parameters):>9} parameters  {shape.label}  ({shape.source})")
-    one = f"one GPU (it has {_amount(device.bytes)})" if device.kind == "gpu" else f"one process (the machine has {_amount(device.bytes)})"
+        lines.append(f"  {role:14} {count(shape.parameters):>9} parameters  {shape.label}  ({shape.source})")
+    one = f"one GPU (it has {amount(device.bytes)})" if device.kind == "gpu" else f"one process (the machine has {amount(device.bytes)})"
     lines += ["", f"memory of {one}; weights, states and KV cache are counts, the rest estimates", *_table(found)]
     lines += ["", "placement", *_placement(found)]
     if found.tokens:
@@ -313,8 +318,8 @@ def _table(found: Estimate) -> list[str]:
     columns = [name for name in COLUMNS if any(place.parts.get(name) for place in found.places)]
     rows = [["", "actors", *columns, "total"]]
     for place in found.places:
-        cells = [_amount(place.parts[name]) if place.parts.get(name) else "-" for name in columns]
-        rows.append([place.role, str(place.actors), *cells, _amount(place.total)])
+        cells = [amount(place.parts[name]) if place.parts.get(name) else "-" for name in columns]
+        rows.append([place.role, str(place.actors), *cells, amount(place.total)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -336,11 +341,13 @@ def _placement(found: Estimate) -> list[str]:
     return [*lines, f"  {first} GPUs in all" + (f", {nodes} nodes of 8" if nodes > 1 else "")]
 
 
-def _amount(number: float) -> str:
+def amount(number: float) -> str:
+    """Bytes for people."""
     return f"{number / GIB:.1f} GiB" if number >= GIB / 2 else f"{number / (1 << 20):.1f} MiB"
 
 
-def _count(number: int) -> str:
+def count(number: int) -> str:
+    """A large number for people."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.2f} {unit}"

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from raysys.config.pretraining import MoeModel
+from raysys.config.pretraining import Router as RouterConfig
 from raysys.models.causal import LogProbHead
 from raysys.models.experts import Experts
 from raysys.models.packing import Packing, attention
@@ -195,6 +197,14 @@ def counts(shape: MoeShape) -> Counts:
     sparse = shape.layers * (shape.experts * expert + router)
     activated = dense + shape.layers * (shape.top_k * expert + router)
     return Counts(dense, sparse, activated, shape.layers * 2 * shape.head_dim)
+
+
+def shape_for(model: MoeModel, router: RouterConfig, vocabulary: int, context: int) -> MoeShape:
+    """Sizes of the decoder that a config asks for."""
+    own = {name: getattr(model, name) for name in ("width", "layers", "heads", "kv_heads", "experts", "top_k", "expert_width")}
+    rest = {name: getattr(model, name) for name in ("rope_theta", "norm_eps", "tied", "deviation")}
+    routing = Routing(**router.model_dump())
+    return MoeShape(vocabulary=vocabulary, head_dim=model.head_size, context=context, routing=routing, **own, **rest)
 
 
 def _turned(states: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:

@@ -7,7 +7,8 @@ checkpoints only, so a folder that is loaded again goes on with the written rows
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ _LAYER = {
 }
 _ROOT = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
 SHARD_BYTES = 2**31
+Opened = Callable[[list[torch.nn.Parameter]], AbstractContextManager[Any]]
 
 
 def hub_config(shape: MoeShape, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -68,29 +70,49 @@ def hub_config(shape: MoeShape, dtype: torch.dtype = torch.float32) -> dict[str,
     }
 
 
-def hub_tensors(model: MoeDecoder) -> Iterator[tuple[str, Tensor]]:
-    """Stock names and tensors, routers as they route; tied ones once."""
+def hub_tensors(model: MoeDecoder, opened: Opened = nullcontext) -> Iterator[tuple[str, Tensor]]:
+    """Stock names and tensors on the CPU, routers as they route; tied ones once.
+
+    Args:
+        opened: a context in which the parameters that it is given are whole; with ranks that hold parts, all iterate together.
+    """
     for name, parameter in model.named_parameters():
         if name in _ROOT:
-            yield _ROOT[name], parameter.detach()
-            continue
-        _, number, rest = name.split(".", 2)
+            with opened([parameter]):
+                yield _ROOT[name], _taken(parameter)
+    for number, layer in enumerate(model.layers):
         place = f"model.layers.{number}."
-        if rest == "mixture.router.weight":
-            yield place + _LAYER[rest], list(model.mixtures())[int(number)].rows().to(parameter.dtype)
-        elif rest in _LAYER:
-            yield place + _LAYER[rest], parameter.detach()
-        else:
-            kind = rest.rpartition(".")[2]
-            for expert, matrix in enumerate(parameter.detach().unbind(0)):
-                yield f"{place}mlp.experts.{expert}.{kind}_proj.weight", matrix
+        with opened(list(layer.parameters())):
+            for rest, parameter in layer.named_parameters():
+                if rest == "mixture.router.weight":
+                    yield place + _LAYER[rest], _taken(layer.mixture.rows().to(parameter.dtype))  # type: ignore[union-attr]
+                elif rest in _LAYER:
+                    yield place + _LAYER[rest], _taken(parameter)
+                else:
+                    kind = rest.rpartition(".")[2]
+                    for expert, matrix in enumerate(parameter.detach().unbind(0)):
+                        yield f"{place}mlp.experts.{expert}.{kind}_proj.weight", _taken(matrix)
 
 
-def export_moe(model: MoeDecoder, folder: str | Path, tokenizer: Any = None, dtype: torch.dtype | None = None) -> Path:
+def _taken(tensor: Tensor) -> Tensor:
+    """A file holds whole storages, and an expert is a view of a stack; what is open now may be closed when it is written."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def export_moe(
+    model: MoeDecoder,
+    folder: str | Path,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+    opened: Opened = nullcontext,
+    write: bool = True,
+) -> Path:
     """Writes the folder: config, safetensors, generation config, and the tokenizer if one is given.
 
     Args:
         dtype: of the file; None: the model's.
+        opened: see `hub_tensors`.
+        write: false for the ranks that only help to open parameters.
 
     Raises:
         ConfigError: see `hub_config`.
@@ -98,8 +120,13 @@ def export_moe(model: MoeDecoder, folder: str | Path, tokenizer: Any = None, dty
     folder = Path(folder)
     kind = dtype or next(model.parameters()).dtype
     config = hub_config(model.shape, kind)
+    tensors = hub_tensors(model, opened)
+    if not write:
+        for _ in tensors:
+            pass
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
-    _save(((name, tensor.to(kind)) for name, tensor in hub_tensors(model)), folder)
+    _save(((name, tensor.to(kind)) for name, tensor in tensors), folder)
     ends = {} if tokenizer is None else {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     (folder / "config.json").write_text(json.dumps(config | ends, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({key: one for key, one in ends.items() if one is not None}, indent=2) + "\n")
@@ -193,8 +220,7 @@ def _save(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
         if held and size + tensor.nbytes > SHARD_BYTES:
             write()
             size = 0
-        # Experts are views of one stack, and a file holds whole storages.
-        held[name] = tensor.clone(memory_format=torch.contiguous_format)
+        held[name] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
     write()
     names = ["model.safetensors"] if len(shards) == 1 else [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]

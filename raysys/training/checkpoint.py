@@ -22,17 +22,12 @@ import torch
 from torch import distributed as dist
 
 from raysys.errors import CheckpointError
-from raysys.training.engine import Engine
+from raysys.training.deep import Rank
 
 LAYOUT, TAG = "layout.json", "state"
 
 
-def layout(engine: Engine) -> dict[str, Any]:
-    """What must be equal for shards to be loaded as they are."""
-    return {"ranks": engine.world, "zero_stage": engine.spec.config.zero_stage, "dtype": engine.spec.dtype}
-
-
-def save(engine: Engine, folder: Path) -> None:
+def save(engine: Rank, folder: Path) -> None:
     """Writes this rank's part. Collective; complete on every rank when it returns on one.
 
     Raises:
@@ -45,7 +40,7 @@ def save(engine: Engine, folder: Path) -> None:
     dist.barrier()
     if engine.rank == 0:
         with _full_disks(folder):
-            (folder / LAYOUT).write_text(json.dumps({"layout": layout(engine), "step": engine.step_index, "updates": engine.updates}))
+            (folder / LAYOUT).write_text(json.dumps({"layout": engine.layout, "step": engine.step_index, "updates": engine.updates}))
     dist.barrier()
 
 
@@ -62,7 +57,7 @@ def _full_disks(folder: Path) -> Iterator[None]:
         raise
 
 
-def load(engine: Engine, folder: Path) -> None:
+def load(engine: Rank, folder: Path) -> None:
     """Goes on where `save` was: bit by bit under the same layout, else to rounding (`raysys.training.relayout`). Collective.
 
     Raises:
@@ -73,7 +68,7 @@ def load(engine: Engine, folder: Path) -> None:
         written, step, updates = record["layout"], int(record["step"]), int(record["updates"])
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} is no complete trainer checkpoint: {error}", "go back to the resume point before it") from None
-    if written == layout(engine):
+    if written == engine.layout:
         _load_shards(engine, folder)
         _restore_random_states(folder / _random_file(engine.rank))
     else:
@@ -83,7 +78,7 @@ def load(engine: Engine, folder: Path) -> None:
     engine.step_index, engine.updates = step, updates
 
 
-def _load_shards(engine: Engine, folder: Path) -> None:
+def _load_shards(engine: Rank, folder: Path) -> None:
     try:
         path, _ = engine.engine.load_checkpoint(str(folder), tag=TAG)
     except (OSError, RuntimeError, KeyError, AssertionError, ValueError) as error:

@@ -9,7 +9,6 @@ Loss of a step, whatever the micro-batches and ranks, with N the step's response
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import distributed as dist
 from raysys.batch import Batch, Ragged
 from raysys.errors import ConfigError, NumericsError
 from raysys.models.causal import load_causal, response_logprobs
+from raysys.training import deep
 from raysys.training.hybrid import uniforms
 from raysys.training.meter import Meter
 from raysys.training.micro import MicroBatch
@@ -39,15 +39,8 @@ class Engine:
 
     def __init__(self, spec: TrainerSpec):
         self.spec, self.step_index, self.updates = spec, 0, 0
-        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        gpu = spec.device == "gpu"
-        self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.dtype: torch.dtype = getattr(torch, spec.dtype)
-        torch.set_num_threads(spec.config.threads)
-        torch.manual_seed(spec.seed)
-        # Plain gloo serves; the shared-memory operator would be compiled for a minute first.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
+        self.rank, self.world, self.device = deep.join(spec.device, spec.config.threads, spec.seed)
         # DeepSpeed moves it to its device.
         recompute = spec.config.activation_checkpointing
         self.model = load_causal(spec.model, self.dtype, "cpu", True, activation_checkpointing=recompute, vocabulary=spec.vocabulary)
@@ -57,7 +50,7 @@ class Engine:
             )
         self.names = dict(self.model.named_parameters())
         self.padded = not self.model.packs
-        self.stage = effective_stage(spec.config.zero_stage, spec.dtype)
+        self.stage = deep.effective_stage(spec.config.zero_stage, spec.dtype)
         self.parameters = sum(parameter.numel() for parameter in self.names.values())
         optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -67,7 +60,14 @@ class Engine:
             weight_decay=spec.config.weight_decay,
             fused=True,
         )
-        self.engine: Any = deepspeed.initialize(model=self.model, optimizer=optimizer, config=_deepspeed_config(spec, self.parameters))[0]
+        offload = spec.config.offload_optimizer and spec.device == "gpu"
+        config = deep.settings(self.stage, spec.dtype, spec.config.clip, self.parameters, offload)
+        self.engine: Any = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)[0]
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What must be equal for shards to be loaded as they are."""
+        return {"ranks": self.world, "zero_stage": self.spec.config.zero_stage, "dtype": self.spec.dtype}
 
     # -- training
 
@@ -167,16 +167,7 @@ class Engine:
 
     def _update(self, rows: Rows, share: Share) -> float:
         """The optimiser step on the gradients of `share`. Returns the gradient norm before clipping."""
-        if self.stage == 0:
-            # Here DeepSpeed would clip without looking: NaN gradients would reach the weights.
-            norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.config.clip))
-            applied = math.isfinite(norm)
-            if applied:
-                self.engine.step()
-        else:
-            self.engine.step()
-            norm = float(self.engine.get_global_grad_norm())
-            applied = not self.engine.optimizer.overflow
+        norm, applied = deep.update(self.engine, self.stage, self.spec.config.clip)
         if not applied:
             mine = rows.name(share.rows) or "no rows"
             raise NumericsError(
@@ -241,38 +232,3 @@ class Engine:
 
 
 _NUMERICS_REMEDY = "lower learning_rate or trainer.clip, or look at these rows; the weights are those of the last finite update"
-
-
-def effective_stage(zero_stage: int, dtype: str) -> int:
-    """Stage 0 keeps no masters and adds gradients up in bfloat16, so bfloat16 runs on stage 1: the same numbers, in float32."""
-    return max(zero_stage, 1) if dtype == "bfloat16" else zero_stage
-
-
-def _deepspeed_config(spec: TrainerSpec, parameters: int) -> dict[str, Any]:
-    config = spec.config
-    stage = effective_stage(config.zero_stage, spec.dtype)
-    bucket = min(parameters, 500_000_000)  # DeepSpeed allocates whole buckets, also for a model that fits in a corner of one
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-        "stage3_prefetch_bucket_size": min(parameters, 50_000_000),
-        "stage3_param_persistence_threshold": min(100_000, parameters // 1000),
-    }
-    if config.offload_optimizer and spec.device == "gpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    half = {
-        "bf16": {"enabled": True, "check_grad_overflow": True},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-    }
-    return (half if spec.dtype == "bfloat16" else {}) | {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.clip if stage else 0.0,  # stage 0: see Engine._update
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "wall_clock_breakdown": False,
-        "steps_per_print": None,
-    }

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch import distributed as dist
 
 from raysys.errors import CheckpointError
-from raysys.training.engine import Engine, effective_stage
+from raysys.training.deep import Rank, effective_stage
 from raysys.training.weights import gathered, shape_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _REMEDY = "resume with the trainer.ranks, zero_stage and dtype that wrote it"
 
 
-def load_relaid(engine: Engine, state: Path, written: dict[str, Any], updates: int) -> None:
+def load_relaid(engine: Rank, state: Path, written: dict[str, Any], updates: int) -> None:
     """Loads `state`, DeepSpeed's folder of a checkpoint that layout `written` made after so many optimiser updates. Collective.
 
     Raises:
@@ -44,7 +44,7 @@ def load_relaid(engine: Engine, state: Path, written: dict[str, Any], updates: i
     _on_first(engine, lambda: shutil.rmtree(relaid, ignore_errors=True))
 
 
-def _on_first(engine: Engine, action: Callable[[], None]) -> None:
+def _on_first(engine: Rank, action: Callable[[], None]) -> None:
     """Rank 0 acts, all wait, and all raise what it raised."""
     outcome: list[str | None] = [None]
     if engine.rank == 0:
@@ -92,14 +92,19 @@ def _read(path: Path, shape: tuple[int, ...]) -> Tensor:
     return tensor.detach().reshape(shape).float()
 
 
-def _prime(engine: Engine) -> None:
+def _prime(engine: Rank) -> None:
     """Makes the optimiser's states exist: a step without gradient at rate 0, which moves nothing."""
     for group in engine.engine.optimizer.param_groups:
         group["lr"] = 0.0
     engine.idle_step()
+    optimizer = engine.engine.optimizer
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # DeepSpeed (ZeRO 1 and 2) links states after the first group's step, when those of further groups are not there yet.
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _put(engine: Engine, parameter: Any, values: dict[str, Tensor]) -> None:
+def _put(engine: Rank, parameter: Any, values: dict[str, Tensor]) -> None:
     values = {key: value.to(engine.device) for key, value in values.items()}
     with torch.no_grad():
         if engine.stage == 0:
@@ -114,7 +119,7 @@ def _put(engine: Engine, parameter: Any, values: dict[str, Tensor]) -> None:
             safe_set_full_optimizer_state(parameter, values[key], key)
 
 
-def _set_steps(engine: Engine, step: int) -> None:
+def _set_steps(engine: Rank, step: int) -> None:
     for state in engine.engine.optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"].fill_(step)

@@ -1,0 +1,12 @@
+"""Pretraining of a mixture-of-experts decoder on text, with routers that follow their experts (MPI) or plain ones.
+
+python jobs/pretrain_moe.py --config jobs/configs/pretrain_moe/local.yaml router.mpi=false
+"""
+
+import sys
+
+from raysys import job
+from raysys.config.pretraining import PretrainMoeConfig
+
+if __name__ == "__main__":
+    sys.exit(job.main("pretrain_moe", PretrainMoeConfig))

@@ -1,0 +1,87 @@
+"""What ranks run to pretrain a small mixture of experts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raysys.config.pretraining import PretrainMoeConfig
+from raysys.training.pretrain_spec import PretrainSpec, Sequences
+from raysys.training.pretrainer import Pretrainer
+
+VOCABULARY, SEQUENCE = 50, 24
+
+
+def config(**values: Any) -> PretrainMoeConfig:
+    model = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "experts": 4, "top_k": 2, "expert_width": 12, "deviation": 0.1}
+    trainer = {"threads": 1, **values.pop("trainer", {})}
+    optimiser = {"learning_rate": 3e-3, "clip": 0.5, "epsilon": 1e-4, "warmup_steps": 0, **values.pop("optimiser", {})}
+    data = {"sources": {"all": {"path": "x"}}, "tokenizer": "none", "sequence": SEQUENCE}
+    whole = {"steps": 8, "batch": 4, "accumulation": 2, "balance_weight": 0.05, "z_weight": 0.01, "data": data, **values}
+    return PretrainMoeConfig(**whole, model=model, trainer=trainer, optimiser=optimiser)  # type: ignore[arg-type]
+
+
+def sequences(step: int, count: int = 4) -> list[Sequences]:
+    """Some of several documents, one shorter than the others."""
+    rng = np.random.default_rng(step)
+    found = []
+    for number in range(count):
+        size = SEQUENCE if number else SEQUENCE - 7
+        cut = int(rng.integers(1, size - 1))
+        found.append(Sequences(rng.integers(0, VOCABULARY, size), np.array([cut, size - cut])))
+    return found
+
+
+def joined(parts: list[Sequences]) -> Sequences:
+    if not parts:
+        return Sequences.none()
+    return Sequences(np.concatenate([part.ids for part in parts]), np.concatenate([part.lengths for part in parts]))
+
+
+def shares(step: int, passes: int, rank: int, ranks: int, empty: bool = False) -> list[Sequences]:
+    """This rank's part of each pass. With `empty` the last rank has nothing."""
+    per_pass = 4 // passes
+    found = []
+    for number in range(passes):
+        rows = sequences(step)[number * per_pass : (number + 1) * per_pass]
+        if empty:
+            mine = rows if rank == 0 else []
+        else:
+            mine = [row for place, row in enumerate(rows) if place * ranks // per_pass == rank]
+        found.append(joined(mine))
+    return found
+
+
+def made(rank: int, ranks: int, port: int, of: PretrainMoeConfig) -> Pretrainer:
+    where = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in where.items()}
+    return Pretrainer(PretrainSpec(of, VOCABULARY, "cpu", "float32"))
+
+
+def trained(
+    rank: int,
+    ranks: int,
+    port: int,
+    of: PretrainMoeConfig,
+    steps: int = 3,
+    empty: bool = False,
+    folder: str = "",
+    load: str = "",
+    same: bool = False,
+) -> tuple[list[dict[str, float]], dict[str, Any], dict[str, Any]]:
+    """Metrics of each step, what is watched of the routers, and the stock tensors at the end."""
+    from raysys.models.moe_files import hub_tensors
+
+    pretrainer = made(rank, ranks, port, of)
+    if load:
+        pretrainer.load(Path(load))
+    first = pretrainer.step_index
+    metrics = [pretrainer.step(shares(0 if same else step, of.accumulation, rank, ranks, empty)) for step in range(first, first + steps)]
+    if folder:
+        pretrainer.save(Path(folder))
+    watched = pretrainer.routers() | {"validation": pretrainer.validate(shares(99, 2, rank, ranks, empty))}
+    tensors = {name: tensor.double().numpy() for name, tensor in hub_tensors(pretrainer.model, pretrainer._opened)}
+    return metrics, watched, tensors

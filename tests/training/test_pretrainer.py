@@ -1,0 +1,94 @@
+"""A pretraining rank: its loss by hand, and the same whatever ranks, ZeRO stages and empty shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training import pretraining
+from tests.training.ranks import Ranks
+
+
+def alike(one: Any, other: Any, tolerance: float = 1e-5) -> None:
+    (metrics, watched, tensors), (metrics2, watched2, tensors2) = one, other
+    for before, after in zip(metrics, metrics2, strict=True):
+        assert before == pytest.approx(after, rel=tolerance, abs=tolerance)
+    for name in ("alignment", "row_cosine", "max_violation_global", "validation"):
+        assert watched[name] == pytest.approx(watched2[name], rel=1e-4)
+    assert tensors.keys() == tensors2.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_allclose(tensor, tensors2[name], atol=tolerance, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(solo: Ranks) -> Any:
+    return solo(pretraining.trained, of=pretraining.config())[0]
+
+
+def test_the_first_loss_is_that_of_the_formula(alone: Any) -> None:
+    from raysys.models.moe import MoeDecoder, shape_for
+    from raysys.models.packing import Packing
+
+    of = pretraining.config()
+    model = MoeDecoder(shape_for(of.model, of.router, pretraining.VOCABULARY, 24)).initialise(of.seed).double()
+    nll = count = 0.0
+    balances, zs = [], []
+    for part in pretraining.shares(0, 2, 0, 1):
+        states, routed = model(torch.from_numpy(part.ids), Packing(part.lengths, "cpu"))
+        logp = torch.nn.functional.linear(states, model.head.weight).log_softmax(-1)
+        start = 0
+        for length in part.lengths:
+            for place in range(start + 1, start + length):
+                nll, count = nll - logp[place - 1, part.ids[place]].item(), count + 1
+            start += length
+        for layer in routed:
+            share = torch.zeros(4, dtype=torch.float64)
+            for row in layer.indices.tolist():
+                share[row] += 1 / layer.indices.numel()
+            balances.append(float(4 * (share * layer.probs.mean(0)).sum()))
+            zs.append(float(layer.logits.exp().sum(-1).log().square().mean()))
+    metrics = alone[0][0]
+    assert metrics["loss"] == pytest.approx(nll / count, rel=1e-5)
+    assert metrics["balance_loss"] == pytest.approx(np.mean(balances), rel=1e-5)
+    assert metrics["z_loss"] == pytest.approx(np.mean(zs), rel=1e-5)
+    assert metrics["tokens"] == 4 * 24 - 7
+
+
+def test_what_is_shown_again_is_learned(solo: Ranks) -> None:
+    of = pretraining.config(optimiser={"learning_rate": 1e-2, "schedule": "constant"}, steps=30)
+    metrics = solo(pretraining.trained, of=of, steps=30, same=True)[0][0]
+    assert metrics[-1]["loss"] < 0.6 * metrics[0]["loss"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_are_one(alone: Any, pair: Ranks, stage: int) -> None:
+    for found in pair(pretraining.trained, of=pretraining.config(trainer={"ranks": 2, "zero_stage": stage})):
+        alike(alone, found)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_rank_without_sequences_changes_nothing(alone: Any, pair: Ranks, stage: int) -> None:
+    for found in pair(pretraining.trained, of=pretraining.config(trainer={"ranks": 2, "zero_stage": stage}), empty=True):
+        alike(alone, found)
+
+
+def test_saved_and_loaded_goes_on_bit_by_bit(alone: Any, solo: Ranks, tmp_path: Path) -> None:
+    first = solo(pretraining.trained, of=pretraining.config(), steps=1, folder=str(tmp_path / "one"))[0]
+    rest = solo(pretraining.trained, of=pretraining.config(), steps=2, load=str(tmp_path / "one"))[0]
+    assert first[0] + rest[0] == alone[0]
+    for name, tensor in rest[2].items():
+        np.testing.assert_array_equal(tensor, alone[2][name])
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (0, 1), (1, 0)])
+def test_two_ranks_go_on_as_one(alone: Any, solo: Ranks, pair: Ranks, tmp_path: Path, before: int, after: int) -> None:
+    two = pretraining.config(trainer={"ranks": 2, "zero_stage": before})
+    pair(pretraining.trained, of=two, steps=1, folder=str(tmp_path / "two"))
+    rest = solo(pretraining.trained, of=pretraining.config(trainer={"zero_stage": after}), steps=2, load=str(tmp_path / "two"))[0]
+    assert [one["loss"] for one in rest[0]] == pytest.approx([one["loss"] for one in alone[0][1:]], rel=1e-5)
+    for name, tensor in rest[2].items():
+        np.testing.assert_allclose(tensor, alone[2][name], atol=1e-5, err_msg=name)
