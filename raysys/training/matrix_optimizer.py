@@ -79,16 +79,17 @@ class MatrixOptimizer(torch.optim.AdamW):
         """What the rule steps against, number by number: Nesterov's momentum, or Adam's quotient."""
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
-        if group["rule"] in ("muon", "muonh"):
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-            return gradient.lerp(momentum, group["momentum"])
+        momentum = group["rule"] in ("muon", "muonh")
         if not state:
-            state |= {"step": torch.zeros((), device=parameter.device)}
-            state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-        first, second = group["betas"]
+            # torch asks every state of an AdamW for its step.
+            state["step"] = torch.zeros((), device=parameter.device)
+            for key in ("momentum_buffer",) if momentum else ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(parameter)
         state["step"] += 1
+        if momentum:
+            buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            return gradient.lerp(buffer, group["momentum"])
+        first, second = group["betas"]
         mean = state["exp_avg"].lerp_(gradient, 1 - first)
         square = state["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
         # The mean's own correction is a factor, and Hyperball sets the size; the square's counts beside epsilon.
