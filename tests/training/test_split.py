@@ -54,6 +54,13 @@ def test_schedules_by_hand():
     assert learning_rate(2.0, 9, 6, "cosine", 0) == 0.0
 
 
+def test_warm_up_stable_decay_by_hand():
+    rates = [learning_rate(2.0, step, 10, "wsd", 2, 0.1, decay_share=0.4) for step in range(12)]
+    assert rates == pytest.approx([1.0, *[2.0] * 6, 1.55, 1.1, 0.65, 0.2, 0.2])
+    assert learning_rate(2.0, 5, 10, "wsd", 0, decay_share=1.0) == learning_rate(2.0, 5, 10, "linear", 0)
+    assert [learning_rate(2.0, step, 10, "wsd", 9, decay_share=0.5) for step in (8, 9)] == pytest.approx([2.0, 0.4])
+
+
 def test_metrics_of_ranks_add_up_by_their_counts():
     first, second = Tally(common={"grad_norm": 3.0}), Tally(common={"grad_norm": 3.0})
     first.add("kl", 6.0, 3)
