@@ -7,6 +7,7 @@ checkpoints only, so a folder that is loaded again goes on with the written rows
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch import distributed as dist
 
 from raysys.errors import ConfigError
+from raysys.models.expert_parallel import ExpertGroup, whole_tensors
 from raysys.models.moe import MoeDecoder, MoeShape
 from raysys.models.routing import Routing
 
@@ -69,25 +72,30 @@ def hub_config(shape: MoeShape, dtype: torch.dtype = torch.float32) -> dict[str,
 
 
 def hub_tensors(model: MoeDecoder) -> Iterator[tuple[str, Tensor]]:
-    """Stock names and tensors, routers as they route; tied ones once."""
-    for name, parameter in model.named_parameters():
+    """Stock names and tensors, routers as they route; tied ones once. Collective where experts are split over ranks, which gives them on
+    the first of each group only."""
+    for name, tensor in whole_tensors(model):
+        if tensor is None:
+            continue
         if name in _ROOT:
-            yield _ROOT[name], parameter.detach()
+            yield _ROOT[name], tensor
             continue
         _, number, rest = name.split(".", 2)
         place = f"model.layers.{number}."
         if rest == "mixture.router.weight":
-            yield place + _LAYER[rest], list(model.mixtures())[int(number)].rows().to(parameter.dtype)
+            yield place + _LAYER[rest], list(model.mixtures())[int(number)].rows().to(tensor.dtype)
         elif rest in _LAYER:
-            yield place + _LAYER[rest], parameter.detach()
+            yield place + _LAYER[rest], tensor
         else:
             kind = rest.rpartition(".")[2]
-            for expert, matrix in enumerate(parameter.detach().unbind(0)):
+            for expert, matrix in enumerate(tensor.unbind(0)):
                 yield f"{place}mlp.experts.{expert}.{kind}_proj.weight", matrix
 
 
 def export_moe(model: MoeDecoder, folder: str | Path, tokenizer: Any = None, dtype: torch.dtype | None = None) -> Path:
     """Writes the folder: config, safetensors, generation config, and the tokenizer if one is given.
+
+    Where experts are split over ranks all of them call it, and rank 0 writes: the folder is complete when it returns there.
 
     Args:
         dtype: of the file; None: the model's.
@@ -98,8 +106,15 @@ def export_moe(model: MoeDecoder, folder: str | Path, tokenizer: Any = None, dty
     folder = Path(folder)
     kind = dtype or next(model.parameters()).dtype
     config = hub_config(model.shape, kind)
-    folder.mkdir(parents=True, exist_ok=True)
-    _save(((name, tensor.to(kind)) for name, tensor in hub_tensors(model)), folder)
+    tensors = hub_tensors(model)
+    if model.expert_group is not None and dist.get_rank():
+        deque(tensors, maxlen=0)
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _save(((name, tensor.to(kind)) for name, tensor in tensors), folder)
+    finally:
+        deque(tensors, maxlen=0)  # other ranks wait for this one, also where a disk is full
     ends = {} if tokenizer is None else {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     (folder / "config.json").write_text(json.dumps(config | ends, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({key: one for key, one in ends.items() if one is not None}, indent=2) + "\n")
@@ -108,11 +123,18 @@ def export_moe(model: MoeDecoder, folder: str | Path, tokenizer: Any = None, dty
     return folder
 
 
-def load_moe(folder: str | Path, routing: Routing | None = None, dtype: torch.dtype = torch.float32) -> MoeDecoder:
+def load_moe(
+    folder: str | Path,
+    routing: Routing | None = None,
+    dtype: torch.dtype = torch.float32,
+    checkpointing: bool = False,
+    expert_group: ExpertGroup | None = None,
+) -> MoeDecoder:
     """The decoder with the weights of a Qwen3-MoE folder, to train it further.
 
     Args:
         routing: None: a plain router that does as the folder says. With MPI the folder's rows become its parameter.
+        checkpointing, expert_group: see `MoeDecoder`. A rank reads its own experts only.
 
     Raises:
         ConfigError: no such folder, another architecture, or a tensor that is missing or of another shape.
@@ -120,7 +142,7 @@ def load_moe(folder: str | Path, routing: Routing | None = None, dtype: torch.dt
     folder = Path(folder)
     shape = shape_of_moe(folder, routing)
     with torch.device("meta"):
-        model = MoeDecoder(shape)
+        model = MoeDecoder(shape, checkpointing, expert_group)
     model = model.to_empty(device="cpu").to(dtype)
     if shape.tied:
         model.head.weight = model.embedding.weight
@@ -136,8 +158,9 @@ def load_moe(folder: str | Path, routing: Routing | None = None, dtype: torch.dt
                 parameter.copy_(found.take(place + _LAYER[rest], parameter.shape))
             else:
                 kind = rest.rpartition(".")[2]
-                for expert in range(shape.experts):
-                    parameter[expert].copy_(found.take(f"{place}mlp.experts.{expert}.{kind}_proj.weight", parameter.shape[1:]))
+                first = 0 if expert_group is None else expert_group.rank * len(parameter)
+                for expert, matrix in enumerate(parameter, first):
+                    matrix.copy_(found.take(f"{place}mlp.experts.{expert}.{kind}_proj.weight", matrix.shape))
     return model
 
 
