@@ -7,29 +7,34 @@ Legend: T tokens, N experts, K of them a token, D width, d expert width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+if TYPE_CHECKING:
+    from raysys.models.expert_parallel import ExpertGroup
+
 
 class Experts(nn.Module):
-    """`gate` and `up` [N, d, D], `down` [N, D, d]: each as `nn.Linear` stores one."""
+    """`gate` and `up` [N, d, D], `down` [N, D, d]: each as `nn.Linear` stores one. With a `group`, the part of them that is here."""
 
-    def __init__(self, experts: int, width: int, inner: int):
+    def __init__(self, experts: int, width: int, inner: int, group: ExpertGroup | None = None):
         super().__init__()
+        self.group = group
         self.gate = nn.Parameter(torch.empty(experts, inner, width))
         self.up = nn.Parameter(torch.empty(experts, inner, width))
         self.down = nn.Parameter(torch.empty(experts, width, inner))
 
     def forward(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """[T, D] from x [T, D], and weights and indices [T, K] of a router."""
-        return mixture(x, weights, indices, self.gate, self.up, self.down)
+        apply = mixture if self.group is None else self.group.mixture
+        return apply(x, weights, indices, self.gate, self.up, self.down)
 
 
-def mixture(x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def mixture(x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor, chosen: int | None = None) -> Tensor:
     """What the chosen experts make of each token, weighted: [T, D] in x's dtype.
 
     On CUDA in bfloat16, grouped matrix products; elsewhere expert by expert, without ever holding K copies of the tokens.
@@ -38,10 +43,11 @@ def mixture(x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tenso
         x: [T, D].
         weights, indices: [T, K]; gradients reach the weights.
         gate, up: [N, d, D]; down: [N, D, d].
+        chosen: how many of the indices are of these experts; the others are N and add nothing. None: all.
     """
-    order = indices.flatten().argsort(stable=True)
-    counts = indices.flatten().bincount(minlength=len(gate))
-    if x.is_cuda and x.dtype == torch.bfloat16:
+    order = indices.flatten().argsort(stable=True)[:chosen]
+    counts = indices.flatten().bincount(minlength=len(gate))[: len(gate)]
+    if x.is_cuda and x.dtype == torch.bfloat16 and len(order):
         return _grouped(x, weights, order, counts, gate, up, down)
     return _Blocked.apply(x, weights, order, counts.tolist(), gate, up, down)  # type: ignore[return-value]
 
@@ -100,7 +106,7 @@ class _Blocked(torch.autograd.Function):
             torch.mm(to_gate.T, mine, out=dgate[expert])
             torch.mm(to_up.T, mine, out=dup[expert])
             dx.index_add_(0, tokens[rows], torch.addmm(to_gate @ gate[expert], to_up, up[expert]))
-        dweights = torch.empty_like(dscale).index_copy_(0, order, dscale).view_as(weights).to(weights.dtype)
+        dweights = x.new_zeros(weights.numel()).index_copy_(0, order, dscale).view_as(weights).to(weights.dtype)
         return dx, dweights, None, None, dgate, dup, ddown
 
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from raysys.config.pretraining import MoeModel
 from raysys.config.pretraining import Router as RouterConfig
 from raysys.models.causal import LogProbHead
+from raysys.models.expert_parallel import ExpertGroup, own_part
 from raysys.models.experts import Experts
 from raysys.models.packing import Packing, attention
 from raysys.models.routing import Routed, Router, Routing
@@ -84,10 +85,11 @@ class Attention(nn.Module):
 
 
 class Mixture(nn.Module):
-    def __init__(self, shape: MoeShape):
+    def __init__(self, shape: MoeShape, group: ExpertGroup | None = None):
         super().__init__()
-        self.router = Router(shape.experts, shape.top_k, shape.width, shape.routing)
-        self.experts = Experts(shape.experts, shape.width, shape.expert_width)
+        self.router = Router(shape.experts, shape.top_k, shape.width, shape.routing, group)
+        held = shape.experts if group is None else group.held(shape.experts)
+        self.experts = Experts(held, shape.width, shape.expert_width, group)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routed]:
         experts = self.experts
@@ -102,10 +104,10 @@ class Mixture(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, shape: MoeShape):
+    def __init__(self, shape: MoeShape, group: ExpertGroup | None = None):
         super().__init__()
         self.input_norm, self.attention = RMSNorm(shape.width, shape.norm_eps), Attention(shape)
-        self.mixture_norm, self.mixture = RMSNorm(shape.width, shape.norm_eps), Mixture(shape)
+        self.mixture_norm, self.mixture = RMSNorm(shape.width, shape.norm_eps), Mixture(shape, group)
 
     def forward(self, x: Tensor, rows: Packing, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Routed]:
         x = x + self.attention(self.input_norm(x), rows, turn)
@@ -119,13 +121,14 @@ class MoeDecoder(nn.Module):
     Args:
         shape: its sizes and its router.
         checkpointing: recompute each layer in backward.
+        expert_group: the ranks that hold the experts between them (`raysys.models.expert_parallel`); None: they are all here.
     """
 
-    def __init__(self, shape: MoeShape, checkpointing: bool = False):
+    def __init__(self, shape: MoeShape, checkpointing: bool = False, expert_group: ExpertGroup | None = None):
         super().__init__()
-        self.shape, self.checkpointing = shape, checkpointing
+        self.shape, self.checkpointing, self.expert_group = shape, checkpointing, expert_group
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
+        self.layers = nn.ModuleList(Layer(shape, expert_group) for _ in range(shape.layers))
         self.norm = RMSNorm(shape.width, shape.norm_eps)
         self.head = LogProbHead(shape.width, shape.vocabulary, bias=False)
         if shape.tied:
@@ -153,12 +156,16 @@ class MoeDecoder(nn.Module):
     @torch.no_grad()
     def initialise(self, seed: int) -> MoeDecoder:
         """Fresh weights, the same for the same seed: normal ones, norms at 1. Leaves the global random state as it was."""
-        for number, (_, parameter) in enumerate(self.named_parameters()):
+        for number, (name, parameter) in enumerate(self.named_parameters()):
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
             else:
                 generator = torch.Generator(parameter.device).manual_seed(seed * 1_000_003 + number)
-                parameter.normal_(0.0, self.shape.deviation, generator=generator)
+                split = self.expert_group is not None and parameter.dim() == 3
+                whole = parameter.new_empty(self.shape.experts, *parameter.shape[1:]) if split else parameter
+                whole.normal_(0.0, self.shape.deviation, generator=generator)
+                if split:  # a part of the numbers that one rank would draw
+                    parameter.copy_(own_part(self, name, whole))
         return self
 
     def mixtures(self) -> Iterator[Mixture]:

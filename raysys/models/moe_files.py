@@ -7,6 +7,7 @@ checkpoints only, so a folder that is loaded again goes on with the written rows
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,8 +17,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch import distributed as dist
 
 from raysys.errors import ConfigError
+from raysys.models.expert_parallel import ExpertGroup
 from raysys.models.moe import MoeDecoder, MoeShape
 from raysys.models.routing import Routing
 
@@ -71,7 +74,8 @@ def hub_config(shape: MoeShape, dtype: torch.dtype = torch.float32) -> dict[str,
 
 
 def hub_tensors(model: MoeDecoder, opened: Opened = nullcontext) -> Iterator[tuple[str, Tensor]]:
-    """Stock names and tensors on the CPU, routers as they route; tied ones once.
+    """Stock names and tensors on the CPU, routers as they route; tied ones once. Collective where experts are split over ranks, which gives
+    them on the first of each group only.
 
     Args:
         opened: a context in which the parameters that it is given are whole; with ranks that hold parts, all iterate together.
@@ -81,7 +85,7 @@ def hub_tensors(model: MoeDecoder, opened: Opened = nullcontext) -> Iterator[tup
             with opened([parameter]):
                 yield _ROOT[name], _taken(parameter)
     for number, layer in enumerate(model.layers):
-        place = f"model.layers.{number}."
+        place, group = f"model.layers.{number}.", model.expert_group
         with opened(list(layer.parameters())):
             for rest, parameter in layer.named_parameters():
                 if rest == "mixture.router.weight":
@@ -89,8 +93,8 @@ def hub_tensors(model: MoeDecoder, opened: Opened = nullcontext) -> Iterator[tup
                 elif rest in _LAYER:
                     yield place + _LAYER[rest], _taken(parameter)
                 else:
-                    kind = rest.rpartition(".")[2]
-                    for expert, matrix in enumerate(parameter.detach().unbind(0)):
+                    kind, whole = rest.rpartition(".")[2], parameter.detach() if group is None else group.whole(parameter)
+                    for expert, matrix in enumerate(() if whole is None else whole.unbind(0)):
                         yield f"{place}mlp.experts.{expert}.{kind}_proj.weight", _taken(matrix)
 
 
@@ -105,14 +109,16 @@ def export_moe(
     tokenizer: Any = None,
     dtype: torch.dtype | None = None,
     opened: Opened = nullcontext,
-    write: bool = True,
+    write: bool | None = None,
 ) -> Path:
     """Writes the folder: config, safetensors, generation config, and the tokenizer if one is given.
+
+    Where experts are split over ranks all of them call it, and rank 0 writes: the folder is complete when it returns there.
 
     Args:
         dtype: of the file; None: the model's.
         opened: see `hub_tensors`.
-        write: false for the ranks that only help to open parameters.
+        write: false for the ranks that only help to open parameters; None: rank 0 writes where experts are split, else this process.
 
     Raises:
         ConfigError: see `hub_config`.
@@ -121,12 +127,14 @@ def export_moe(
     kind = dtype or next(model.parameters()).dtype
     config = hub_config(model.shape, kind)
     tensors = hub_tensors(model, opened)
-    if not write:
-        for _ in tensors:
-            pass
+    if not (write if write is not None else model.expert_group is None or dist.get_rank() == 0):
+        deque(tensors, maxlen=0)
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    _save(((name, tensor.to(kind)) for name, tensor in tensors), folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _save(((name, tensor.to(kind)) for name, tensor in tensors), folder)
+    finally:
+        deque(tensors, maxlen=0)  # other ranks wait for this one, also where a disk is full
     ends = {} if tokenizer is None else {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     (folder / "config.json").write_text(json.dumps(config | ends, indent=2) + "\n")
     (folder / "generation_config.json").write_text(json.dumps({key: one for key, one in ends.items() if one is not None}, indent=2) + "\n")
@@ -135,11 +143,18 @@ def export_moe(
     return folder
 
 
-def load_moe(folder: str | Path, routing: Routing | None = None, dtype: torch.dtype = torch.float32) -> MoeDecoder:
+def load_moe(
+    folder: str | Path,
+    routing: Routing | None = None,
+    dtype: torch.dtype = torch.float32,
+    checkpointing: bool = False,
+    expert_group: ExpertGroup | None = None,
+) -> MoeDecoder:
     """The decoder with the weights of a Qwen3-MoE folder, to train it further.
 
     Args:
         routing: None: a plain router that does as the folder says. With MPI the folder's rows become its parameter.
+        checkpointing, expert_group: see `MoeDecoder`. A rank reads its own experts only.
 
     Raises:
         ConfigError: no such folder, another architecture, or a tensor that is missing or of another shape.
@@ -147,7 +162,7 @@ def load_moe(folder: str | Path, routing: Routing | None = None, dtype: torch.dt
     folder = Path(folder)
     shape = shape_of_moe(folder, routing)
     with torch.device("meta"):
-        model = MoeDecoder(shape)
+        model = MoeDecoder(shape, checkpointing, expert_group)
     model = model.to_empty(device="cpu").to(dtype)
     if shape.tied:
         model.head.weight = model.embedding.weight
@@ -163,8 +178,9 @@ def load_moe(folder: str | Path, routing: Routing | None = None, dtype: torch.dt
                 parameter.copy_(found.take(place + _LAYER[rest], parameter.shape))
             else:
                 kind = rest.rpartition(".")[2]
-                for expert in range(shape.experts):
-                    parameter[expert].copy_(found.take(f"{place}mlp.experts.{expert}.{kind}_proj.weight", parameter.shape[1:]))
+                first = 0 if expert_group is None else expert_group.rank * len(parameter)
+                for expert, matrix in enumerate(parameter, first):
+                    matrix.copy_(found.take(f"{place}mlp.experts.{expert}.{kind}_proj.weight", matrix.shape))
     return model
 
 

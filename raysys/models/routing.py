@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raysys.methods.mpi import Matrix, effective_router, input_matrix, powered
+from raysys.models.expert_parallel import ExpertGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,27 +57,37 @@ class Routed:
         """Tokens of each expert, [N]."""
         return self.indices.flatten().bincount(minlength=self.probs.shape[1])
 
+    def take(self, tokens: Tensor) -> Routed:
+        """Of some tokens only, by their numbers or a mask [T]: those that are no padding."""
+        return Routed(self.weights[tokens], self.indices[tokens], self.logits[tokens], self.probs[tokens])
+
 
 class Router(nn.Module):
-    """Scores tokens. Its parameter [N, D] is stored as a plain router's; what it scores with is `rows`."""
+    """Scores tokens. Its parameter [N, D] is stored as a plain router's; what it scores with is `rows`.
 
-    def __init__(self, experts: int, top_k: int, width: int, routing: Routing):
+    Args:
+        group: that holds the experts; None: they are all here. The parameter is whole on each of its ranks.
+    """
+
+    def __init__(self, experts: int, top_k: int, width: int, routing: Routing, group: ExpertGroup | None = None):
         super().__init__()
         if not 1 <= top_k <= experts:
             raise ValueError(f"top_k must be 1 to the number of experts {experts}, got {top_k}")
-        self.top_k, self.routing = top_k, routing
+        self.top_k, self.routing, self.group = top_k, routing, group
         self.weight = nn.Parameter(torch.empty(experts, width))
 
     def rows(self, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        """The rows that score, [N, D], of the experts' matrices [N, d, D], [N, d, D] and [N, D, d]."""
+        """The rows that score, [N, D], of the experts' matrices [N, d, D], [N, d, D] and [N, D, d]; with a group of those that are here."""
         how = self.routing
         if not how.mpi:
             return self.weight
         matrix = input_matrix(how.matrix, gate, up, down)
-        if not how.retract:
-            return powered(self.weight, matrix, how.iterations, how.detach_expert, sized=False)
-        scale = how.scale / math.sqrt(len(self.weight))
-        return effective_router(self.weight, matrix, scale, how.iterations, how.detach_expert)
+        mine = self.weight if self.group is None else self.group.part(self.weight)
+        if how.retract:
+            rows = effective_router(mine, matrix, how.scale / math.sqrt(len(self.weight)), how.iterations, how.detach_expert)
+        else:
+            rows = powered(mine, matrix, how.iterations, how.detach_expert, sized=False)
+        return rows if self.group is None else self.group.gathered(rows)
 
     def forward(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Routed:
         """x: [T, D]."""
@@ -102,17 +113,25 @@ def choose(logits: Tensor, top_k: int, routing: Routing) -> Routed:
     return Routed(weights, indices, logits, probs)
 
 
-def balance_loss(routed: Routed) -> Tensor:
+def balance_loss(routed: Routed, load: Tensor | None = None) -> Tensor:
     """N sum_i f_i P_i: 1 where all experts get the same share of tokens and of probability. A scalar.
 
     f: share of the T K choices, without gradient; P: mean probability, of the softmax or of sigmoids brought to sum 1.
+
+    Args:
+        load: [N] choices of more tokens than these, of all ranks or micro-batches (`raysys.models.expert_parallel.summed`): then this
+            is their part of the loss of all, and the parts' sum is that loss, with its gradient. It is not linear in tokens: the mean
+            of losses of their own would be another. None: of these.
     """
-    n = routed.probs.shape[1]
-    share = routed.load.to(routed.probs.dtype) / max(1, routed.indices.numel())
+    n, top_k = routed.probs.shape[1], routed.indices.shape[1]
+    load = (routed.load if load is None else load).detach()
+    choices = load.sum().clamp(min=1).to(routed.probs.dtype)
     probs = routed.probs / routed.probs.sum(dim=-1, keepdim=True)
-    return n * (share * probs.mean(dim=0)).sum()
+    return n * (load.to(probs.dtype) / choices * (probs.sum(dim=0) / (choices / top_k))).sum()
 
 
-def z_loss(routed: Routed) -> Tensor:
-    """Mean of the squared log-partition of the logits, a scalar: keeps them small."""
-    return routed.logits.logsumexp(dim=-1).square().mean()
+def z_loss(routed: Routed, tokens: int | Tensor | None = None) -> Tensor:
+    """Mean of the squared log-partition of the logits, a scalar: keeps them small. With `tokens`, a number, their part of the mean over so
+    many."""
+    tokens = max(1, len(routed.logits)) if tokens is None else tokens
+    return routed.logits.logsumexp(dim=-1).square().sum() / tokens

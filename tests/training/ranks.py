@@ -14,11 +14,15 @@ class Ranks:
     """`ranks(function, **arguments)` calls it on every rank as `function(rank, ranks, port, **arguments)`; results by rank.
 
     An exception that only a part of the ranks raise may leave the others in a collective: tests let all raise, or none.
+
+    With `imports` these modules are imported once for all ranks, which are forked from there.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, imports: list[str] | None = None):
         self.count, self.port = count, _free_port()
-        context = mp.get_context("spawn")
+        context = mp.get_context("spawn" if imports is None else "forkserver")
+        if imports is not None:
+            context.set_forkserver_preload(imports)
         self._pipes, self._processes = [], []
         for rank in range(count):
             here, there = context.Pipe()
