@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from raysys.config.base import Config, placed
 from raysys.config.corpora import Corpus
 from raysys.config.optimising import Optimiser
+from raysys.config.parallel import check_parallel
 from raysys.config.runs import Run
 
 MODERATE_LOGIT = 4.0
@@ -107,13 +108,6 @@ class Ranks(Config):
     def _consistent(self) -> Self:
         if self.most < self.fewest:
             raise ValueError(f"ranks={self.ranks}: the range ends below its beginning")
-        if self.expert_parallel > 1 and self.zero_stage == 3:
-            raise ValueError(
-                "expert_parallel and zero_stage=3 do not go together: either the ranks share the experts, or every parameter; "
-                "set zero_stage to 0, 1 or 2, or expert_parallel=1"
-            )
-        if self.fewest % self.expert_parallel or self.most % self.expert_parallel:
-            raise ValueError(f"ranks={self.ranks} is no multiple of expert_parallel={self.expert_parallel}")
         if self.expert_parallel > 1 and self.fewest != self.most:
             raise ValueError(f"ranks={self.ranks} may change, expert_parallel={self.expert_parallel} needs a fixed number of them")
         return self
@@ -160,8 +154,13 @@ class PretrainMoeConfig(Run):
                 f"a pass has {self.batch // self.accumulation} sequences (batch / accumulation), fewer than "
                 f"trainer.ranks={self.trainer.ranks}"
             )
-        if self.model.experts % self.trainer.expert_parallel:
-            raise ValueError(f"experts={self.model.experts} is no multiple of trainer.expert_parallel={self.trainer.expert_parallel}")
+        check_parallel(self.trainer.zero_stage, self.trainer.expert_parallel, self.trainer.fewest, self.model.experts)
+        self.optimiser.check(self.steps, self.trainer.zero_stage, self.trainer.offload_optimizer)
+        if self.trainer.expert_parallel > 1 and self.optimiser.whole_matrices:
+            raise ValueError(
+                f"optimiser.kind={self.optimiser.kind} is not made for experts that are split over ranks: "
+                "set trainer.expert_parallel=1, or optimiser.kind=adamw"
+            )
         if self.validation is not None and not self.data.held_out_share:
             raise ValueError("validation needs data.held_out_share: texts that training never sees")
         return self

@@ -33,19 +33,19 @@ def save(engine: Rank, folder: Path) -> None:
     Raises:
         CheckpointError: the disk does not take it.
     """
-    with _full_disks(folder):
+    with full_disks(folder):
         folder.mkdir(parents=True, exist_ok=True)
         engine.engine.save_checkpoint(str(folder), tag=TAG, client_state={}, save_latest=False)
         torch.save(_random_states(), folder / _random_file(engine.rank))
     dist.barrier()
     if engine.rank == 0:
-        with _full_disks(folder):
+        with full_disks(folder):
             (folder / LAYOUT).write_text(json.dumps({"layout": engine.layout, "step": engine.step_index, "updates": engine.updates}))
     dist.barrier()
 
 
 @contextmanager
-def _full_disks(folder: Path) -> Iterator[None]:
+def full_disks(folder: Path) -> Iterator[None]:
     """torch's writer says of a full disk that a position is not what it should be, as a RuntimeError like that of a lost peer."""
     try:
         yield

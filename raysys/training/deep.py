@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import deepspeed
@@ -14,6 +15,7 @@ class Rank(Protocol):
     """A DeepSpeed rank as checkpoints see it."""
 
     engine: Any
+    model: Any
     rank: int
     world: int
     device: torch.device
@@ -91,15 +93,19 @@ def settings(stage: int, dtype: str, clip: float, parameters: int, offload: bool
     }
 
 
-def update(engine: Any, stage: int, clip: float) -> tuple[float, bool]:
+def update(engine: Any, stage: int, clip: float, clipped: Callable[[float], float] | None = None) -> tuple[float, bool]:
     """The optimiser step on the gradients that are there, unless one of them is not finite.
+
+    Args:
+        clip: largest norm of the global gradient.
+        clipped: clips at stage 0 and gives the norm before; None: torch's own, of the parameters that this rank has.
 
     Returns:
         The gradient norm before clipping, and whether the step was taken; if not, parameters are as before.
     """
     if stage == 0:
         # Here DeepSpeed would clip without looking: NaN gradients would reach the weights.
-        norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip))
+        norm = clipped(clip) if clipped else float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip))
         applied = math.isfinite(norm)
         if applied:
             engine.step()

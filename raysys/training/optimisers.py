@@ -22,6 +22,7 @@ from torch import nn
 from raysys.config.optimising import Optimiser
 from raysys.errors import ConfigError
 from raysys.methods.matrix_steps import hyperball_size, norms
+from raysys.training.expert_groups import split_groups
 from raysys.training.matrix_optimizer import MatrixOptimizer
 from raysys.training.parameter_groups import ParameterGroup, parameter_groups
 from raysys.training.partitions import flat_places
@@ -40,7 +41,7 @@ def make_optimizer(model: nn.Module, config: Optimiser) -> torch.optim.Optimizer
     if config.hyperball:
         _to_norm(groups, fixed=config.matrix_norm == "sqrt_out")
     if not config.whole_matrices:
-        plain = [_torch_group(group) | {"rule": "adamw"} for group in groups]
+        plain = split_groups([_torch_group(group) | {"rule": "adamw"} for group in groups])
         return torch.optim.AdamW(plain, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
     settings = {
         "momentum": config.momentum,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,15 @@ from torch import distributed as dist
 
 from raysys.errors import NumericsError
 from raysys.methods.mpi import alignment, input_matrix, max_violation, row_cosine
-from raysys.models.moe import Mixture, MoeDecoder, next_token_loss, shape_for
+from raysys.models.expert_parallel import ExpertGroup
+from raysys.models.moe import MoeDecoder, next_token_loss, shape_for
 from raysys.models.moe_files import export_moe, load_moe
 from raysys.models.packing import Packing
 from raysys.models.routing import Routing
-from raysys.training import checkpoint, deep
+from raysys.training import checkpoint, deep, named_checkpoint
+from raysys.training.expert_groups import clip_gradients, expert_group, mark
+from raysys.training.optimisers import bind, make_optimizer, rate_of, set_rate
 from raysys.training.pretrain_spec import PretrainSpec, Sequences
-from raysys.training.schedule import learning_rate
 from raysys.training.weights import gathered
 
 
@@ -41,23 +44,16 @@ class Pretrainer:
         self.spec, self.step_index, self.updates = spec, 0, 0
         self.rank, self.world, self.device = deep.join(spec.device, config.trainer.threads, config.seed)
         self.stage = deep.effective_stage(config.trainer.zero_stage, spec.dtype)
-        self.model = _model(spec)
+        self.model = mark(_model(spec, expert_group(config.trainer.expert_parallel)))
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        optimizer = torch.optim.AdamW(
-            _groups(self.model, config.optimiser.weight_decay),
-            lr=config.optimiser.learning_rate,
-            betas=config.optimiser.betas,
-            eps=config.optimiser.epsilon,
-            fused=True,
-        )
+        optimizer = make_optimizer(self.model, config.optimiser)
         named = {id(parameter): f"model.{name}" for name, parameter in self.model.named_parameters()}  # as DeepSpeed sees them
         self.names = {named[id(parameter)]: parameter for group in optimizer.param_groups for parameter in group["params"]}
         objective = _Objective(self.model, config.trainer.chunk_tokens)
-        if self.stage == 3:
-            deepspeed.utils.set_z3_leaf_modules(objective, [Mixture])
         offload = config.trainer.offload_optimizer and spec.device == "gpu"
         settings = deep.settings(self.stage, spec.dtype, config.optimiser.clip, self.parameters, offload)
         self.engine: Any = deepspeed.initialize(model=objective, optimizer=optimizer, config=settings)[0]
+        bind(self.engine, config.optimiser)
         self._loads = torch.zeros(self.model.shape.layers, self.model.shape.experts, dtype=torch.float64)
 
     @property
@@ -65,6 +61,11 @@ class Pretrainer:
         """What must be equal for shards to be loaded as they are."""
         trainer = self.spec.config.trainer
         return {"ranks": self.world, "zero_stage": trainer.zero_stage, "dtype": self.spec.dtype}
+
+    @property
+    def _by_name(self) -> bool:
+        """Whether DeepSpeed's own checkpoints do not serve: experts are split, or moments are not AdamW's."""
+        return self.model.expert_group is not None or self.spec.config.optimiser.whole_matrices
 
     # -- training
 
@@ -81,7 +82,8 @@ class Pretrainer:
             NumericsError: a loss or the gradient norm is not finite. Parameters are as before the step.
         """
         config = self.spec.config
-        rate = self._set_rate()
+        rate = rate_of(config.optimiser, self.step_index, config.steps)
+        set_rate(self.engine, rate)
         counts = self._summed(torch.tensor([[part.predicted, len(part.ids)] for part in passes], dtype=torch.float64))
         sums = torch.zeros(3, dtype=torch.float64)
         violation = 0.0
@@ -94,7 +96,7 @@ class Pretrainer:
             self._loads += loads
         loss, balance, z = self._summed(sums).tolist()
         self._check(loss + balance + z)
-        norm, applied = deep.update(self.engine, self.stage, config.optimiser.clip)
+        norm, applied = deep.update(self.engine, self.stage, config.optimiser.clip, partial(clip_gradients, self.model))
         if not applied:
             raise NumericsError(f"step {self.step_index}: the loss is {loss:.4g}, the gradient norm is not finite", _REMEDY)
         self.step_index, self.updates = self.step_index + 1, self.updates + 1
@@ -107,13 +109,6 @@ class Pretrainer:
             "learning_rate": rate,
             "tokens": float(counts[:, 1].sum()),
         }
-
-    def _set_rate(self) -> float:
-        how = self.spec.config.optimiser
-        rate = learning_rate(how.learning_rate, self.step_index, self.spec.config.steps, how.schedule, how.warmup_steps, how.min_lr_rate)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
 
     def _pass(self, part: Sequences, predicted: Tensor, tokens: Tensor, passes: int) -> tuple[Tensor, Tensor, Tensor]:
         """What to back-propagate; loss, balance and z as this rank's share of their means; loads [L, N] of all ranks."""
@@ -172,14 +167,16 @@ class Pretrainer:
     def routers(self) -> dict[str, Any]:
         """What is watched of the routers: `alignment` and `row_cosine` of each layer, and of the loads since the last call `load` [L][N],
         as shares of the mean, with `max_violation_global` [L]."""
-        alignments, cosines = [], []
+        alignments, cosines, group = [], [], self.model.expert_group
         for mixture in self.model.mixtures():
             experts = mixture.experts
             with gathered(self.engine, list(mixture.parameters())):
                 rows = mixture.rows().detach()
                 matrix = input_matrix(mixture.router.routing.matrix, experts.gate, experts.up, experts.down).detach()
-                alignments.append(float(alignment(rows, matrix).mean()))
+                alignments.append(float(alignment(rows if group is None else group.part(rows), matrix).mean()))
                 cosines.append(float(row_cosine(rows)))
+        if group is not None:
+            alignments = (self._summed(torch.tensor(alignments, dtype=torch.float64)) / self.world).tolist()
         loads, self._loads = self._loads, torch.zeros_like(self._loads)
         mean = loads.mean(dim=1, keepdim=True).clamp_min(1e-12)
         return {
@@ -197,12 +194,16 @@ class Pretrainer:
         return gathered(self.engine, list(parameters))
 
     def save(self, folder: Path) -> None:
-        """See `raysys.training.checkpoint.save`."""
-        checkpoint.save(self, folder)
+        """See `raysys.training.checkpoint.save` and `raysys.training.named_checkpoint.save`."""
+        (named_checkpoint if self._by_name else checkpoint).save(self, folder)
 
     def load(self, folder: Path) -> None:
-        """See `raysys.training.checkpoint.load`."""
-        checkpoint.load(self, folder)
+        """See `raysys.training.checkpoint.load` and `raysys.training.named_checkpoint.load`; what was written decides.
+
+        Raises:
+            CheckpointError: the folder fits neither.
+        """
+        (named_checkpoint if (folder / named_checkpoint.NAMED).is_dir() else checkpoint).load(self, folder)
 
 
 class _Objective(nn.Module):
@@ -210,7 +211,7 @@ class _Objective(nn.Module):
 
     def __init__(self, model: MoeDecoder, chunk_tokens: int):
         super().__init__()
-        self.model, self.chunk_tokens = model, chunk_tokens
+        self.model, self.chunk_tokens, self.expert_group = model, chunk_tokens, model.expert_group
 
     def forward(self, ids: Tensor, rows: Packing) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sum of -log p; loads [L, N] float64; sums of probabilities [L, N]; sums of squared log-partitions [L]."""
@@ -224,22 +225,13 @@ class _Objective(nn.Module):
         )
 
 
-def _model(spec: PretrainSpec) -> MoeDecoder:
+def _model(spec: PretrainSpec, group: ExpertGroup | None) -> MoeDecoder:
     config, kind = spec.config, getattr(torch, spec.dtype)
     recompute = config.trainer.activation_checkpointing
     if config.start is not None:
-        model = load_moe(config.start, Routing(**config.router.model_dump()), kind)
-        model.checkpointing = recompute
-        return model
+        return load_moe(config.start, Routing(**config.router.model_dump()), kind, recompute, group)
     shape = shape_for(config.model, config.router, spec.vocabulary, config.data.sequence)
-    return MoeDecoder(shape, recompute).initialise(config.seed).to(kind)
-
-
-def _groups(model: MoeDecoder, decay: float) -> list[dict[str, Any]]:
-    """Norms and router rows are not decayed."""
-    kept = [one for name, one in model.named_parameters() if one.dim() == 1 or name.endswith("router.weight")]
-    rest = [one for name, one in model.named_parameters() if one.dim() > 1 and not name.endswith("router.weight")]
-    return [{"params": rest, "weight_decay": decay}, {"params": kept, "weight_decay": 0.0}]
+    return MoeDecoder(shape, recompute, group).initialise(config.seed).to(kind)
 
 
 _REMEDY = "lower optimiser.learning_rate or optimiser.clip; the weights are those of the last finite update"

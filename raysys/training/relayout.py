@@ -22,6 +22,7 @@ from torch import distributed as dist
 
 from raysys.errors import CheckpointError
 from raysys.training.deep import Rank, effective_stage
+from raysys.training.expert_states import link
 from raysys.training.weights import gathered, shape_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -97,11 +98,7 @@ def _prime(engine: Rank) -> None:
     for group in engine.engine.optimizer.param_groups:
         group["lr"] = 0.0
     engine.idle_step()
-    optimizer = engine.engine.optimizer
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-        # DeepSpeed (ZeRO 1 and 2) links states after the first group's step, when those of further groups are not there yet.
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
+    link(engine.engine)
 
 
 def _put(engine: Rank, parameter: Any, values: dict[str, Tensor]) -> None:

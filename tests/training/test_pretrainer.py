@@ -76,19 +76,41 @@ def test_a_rank_without_sequences_changes_nothing(alone: Any, pair: Ranks, stage
         alike(alone, found)
 
 
-def test_saved_and_loaded_goes_on_bit_by_bit(alone: Any, solo: Ranks, tmp_path: Path) -> None:
-    first = solo(pretraining.trained, of=pretraining.config(), steps=1, folder=str(tmp_path / "one"))[0]
-    rest = solo(pretraining.trained, of=pretraining.config(), steps=2, load=str(tmp_path / "one"))[0]
-    assert first[0] + rest[0] == alone[0]
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_experts_split_over_two_ranks_are_whole_ones(alone: Any, pair: Ranks, stage: int) -> None:
+    of = pretraining.config(trainer={"ranks": 2, "zero_stage": stage, "expert_parallel": 2})
+    found = pair(pretraining.trained, of=of)
+    alike(alone, found[0])
+    assert found[0][0] == found[1][0]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muonh"])
+def test_saved_and_loaded_goes_on_bit_by_bit(solo: Ranks, tmp_path: Path, kind: str) -> None:
+    of = pretraining.config(optimiser={"kind": kind})
+    whole = solo(pretraining.trained, of=of)[0]
+    first = solo(pretraining.trained, of=of, steps=1, folder=str(tmp_path / "one"))[0]
+    rest = solo(pretraining.trained, of=of, steps=2, load=str(tmp_path / "one"))[0]
+    assert first[0] + rest[0] == whole[0]
     for name, tensor in rest[2].items():
-        np.testing.assert_array_equal(tensor, alone[2][name])
+        np.testing.assert_array_equal(tensor, whole[2][name])
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (0, 1), (1, 0)])
-def test_two_ranks_go_on_as_one(alone: Any, solo: Ranks, pair: Ranks, tmp_path: Path, before: int, after: int) -> None:
-    two = pretraining.config(trainer={"ranks": 2, "zero_stage": before})
+@pytest.mark.parametrize(
+    ("trainer", "optimiser"),
+    [
+        ({"zero_stage": 1}, {}),
+        ({"zero_stage": 0}, {}),
+        ({"zero_stage": 3}, {}),
+        ({"zero_stage": 2, "expert_parallel": 2}, {}),
+        ({"zero_stage": 1}, {"kind": "muonh"}),
+    ],
+)
+def test_two_ranks_go_on_as_one(solo: Ranks, pair: Ranks, tmp_path: Path, trainer: Any, optimiser: Any) -> None:
+    one = pretraining.config(optimiser=optimiser)
+    whole = solo(pretraining.trained, of=one)[0]
+    two = pretraining.config(trainer={"ranks": 2} | trainer, optimiser=optimiser)
     pair(pretraining.trained, of=two, steps=1, folder=str(tmp_path / "two"))
-    rest = solo(pretraining.trained, of=pretraining.config(trainer={"zero_stage": after}), steps=2, load=str(tmp_path / "two"))[0]
-    assert [one["loss"] for one in rest[0]] == pytest.approx([one["loss"] for one in alone[0][1:]], rel=1e-5)
+    rest = solo(pretraining.trained, of=one, steps=2, load=str(tmp_path / "two"))[0]
+    assert [each["loss"] for each in rest[0]] == pytest.approx([each["loss"] for each in whole[0][1:]], rel=1e-5)
     for name, tensor in rest[2].items():
-        np.testing.assert_allclose(tensor, alone[2][name], atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(tensor, whole[2][name], atol=1e-5, err_msg=name)
