@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from pathlib import Path
 
 from raysys import search_agent
 from raysys.config.agents import QuestionsConfig, SearchAgentConfig
+from raysys.config.corpora import Corpus
 from raysys.config.parts import Data
+from raysys.config.pretraining import LocalTextConfig, PretrainMoeConfig
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, SftConfig
+from raysys.data.corpus import plan_units
 from raysys.data.preflight import check_context, check_vocabularies, preflight, shared_ids
 from raysys.data.prepare import world_of
 from raysys.data.text import identity, load_tokenizer
@@ -70,6 +74,65 @@ def check_hpd(config: HpdConfig) -> None:
     _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, domains, supervised=True, shared=shared)
     if config.evaluation is not None:
         _check_data(config.evaluation.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
+
+
+def check_local_text(config: LocalTextConfig) -> None:
+    """Nothing that could be wrong."""
+
+
+def check_pretrain_moe(config: PretrainMoeConfig) -> None:
+    """Tokenizer, sources, and the folder that the run starts from. Raises ConfigError or DataError."""
+    vocabulary = vocabulary_of(config)
+    for label, source in found_here(config.data).sources.items():
+        plan_units(source, label, config.data.unit_bytes, config.data.longest_row)
+    if config.start is None:
+        return
+    ids = _moe_vocabulary(local_or_id(config.start))
+    if ids < vocabulary:
+        raise ConfigError(
+            f"start={config.start} has {ids} token ids, the tokenizer {config.data.tokenizer} has {vocabulary}",
+            "take the tokenizer that belongs to the model",
+        )
+
+
+def vocabulary_of(config: PretrainMoeConfig) -> int:
+    """Rows of the embedding. Raises ConfigError for fewer than the tokenizer has tokens."""
+    tokens, asked = len(load_tokenizer(local_or_id(config.data.tokenizer))), config.model.vocabulary
+    if asked is not None and asked < tokens:
+        raise ConfigError(
+            f"model.vocabulary={asked} is smaller than the tokenizer of {config.data.tokenizer}, which has {tokens} tokens",
+            "raise it, leave it out, or take the tokenizer that belongs to the model",
+        )
+    return asked or tokens
+
+
+def found_here(data: Corpus) -> Corpus:
+    """With absolute paths for what is a file or folder here: tasks and workers have other working directories."""
+    sources = {
+        label: source if "://" in source.path else source.model_copy(update={"path": _absolute(source.path)})
+        for label, source in data.sources.items()
+    }
+    cache = data.cache if data.cache is None or "://" in data.cache else _absolute(data.cache)
+    return data.model_copy(update={"sources": sources, "tokenizer": local_or_id(data.tokenizer), "cache": cache})
+
+
+def _absolute(path: str) -> str:
+    """`runs/...` is where this process's runs are kept."""
+    parts = Path(path).parts
+    if parts[:1] == ("runs",) and os.environ.get(RUNS_VARIABLE):
+        return str(Path(os.environ[RUNS_VARIABLE], *parts[1:]).absolute())
+    return str(Path(path).absolute())
+
+
+def _moe_vocabulary(folder: str) -> int:
+    """Token ids of a Qwen3-MoE folder. Raises ConfigError."""
+    path = Path(folder) / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if values.get("model_type") != "qwen3_moe":
+        raise ConfigError(
+            f"start={folder} is no Qwen3-MoE folder (model_type {values.get('model_type')})", "only such models are trained further"
+        )
+    return int(values["vocab_size"])
 
 
 def shared_vocabulary(config: HpdConfig) -> int | None:

@@ -87,7 +87,11 @@ def _configs(path: Path, overrides: Sequence[str]) -> list[tuple[str, Run]]:
     from raysys import pipeline
 
     planned = pipeline.plan(path, overrides, Path("runs").absolute())
-    return [(f"{stage.name} ({stage.job})", stage.config) for stage in planned.stages if stage.same_as is None and stage.job != "questions"]
+    return [
+        (f"{stage.name} ({stage.job})", stage.config)
+        for stage in planned.stages
+        if stage.same_as is None and stage.job not in ("questions", "local_text")
+    ]
 
 
 def job_of(values: dict[str, object], path: Path = Path()) -> str:

@@ -71,7 +71,7 @@ def layout(config: PretrainMoeConfig, ranks: int, zero_stage: int, expert_parall
 def vocabulary_for(config: PretrainMoeConfig) -> int:
     if config.model.vocabulary is not None:
         return config.model.vocabulary
-    from raysys.pretraining import vocabulary_of
+    from raysys.checks import vocabulary_of
 
     return vocabulary_of(config)
 
@@ -129,8 +129,8 @@ def render(config: PretrainMoeConfig, device: Device, gpus: int | None = None) -
     table = ["  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text = [
         f"parameters: dense {found.dense:,}, sparse {found.sparse:,}, activated {found.activated:,}, total {found.total:,}",
-        f"  ({', '.join(map(count, (found.dense, found.sparse, found.activated, found.total)))}; besides, {found.query_key_norms:,} in norms "
-        "of queries and keys, which export to stock Qwen3-MoE needs)",
+        f"  ({', '.join(map(count, (found.dense, found.sparse, found.activated, found.total)))}; besides, {found.query_key_norms:,} in "
+        "norms of queries and keys, which export to stock Qwen3-MoE needs)",
         f"tokens: {config.batch * config.data.sequence:,} a step, {config.steps * config.batch * config.data.sequence:,} in all",
         "",
         f"memory of one {'GPU' if device.kind == 'gpu' else 'process'} by part; sequences: of one pass on one rank",

@@ -7,6 +7,7 @@ again by Ray Train, maybe with another number of ranks, and goes on from the new
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +24,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raysys.assembly import Hardware
-from raysys.config.pretraining import PretrainMoeConfig
+from raysys.checks import vocabulary_of
+from raysys.config.pretraining import LocalTextConfig, PretrainMoeConfig
 from raysys.data.shards import Split
 from raysys.data.text import load_tokenizer
 from raysys.data.token_cache import TokenCache
 from raysys.data.token_plan import check_same
 from raysys.data.token_stream import Packed, TokenStream
-from raysys.errors import ConfigError, InfrastructureError, NumericsError, RaysysError
-from raysys.files import append_json, read_json_lines, write_json
+from raysys.errors import InfrastructureError, NumericsError, RaysysError
+from raysys.files import append_json, read_json_lines, write_atomically, write_json
 from raysys.ledger import MANIFEST, PER_STEP_FILES, cut_lines, newest_point
 from raysys.report.live import Live
 from raysys.report.metrics import MetricsWriter
@@ -54,6 +56,7 @@ class Work:
     spec: PretrainSpec
     folder: Path
     job: str
+    tokenizer: str
     cache: str
     """Folder or URI of the tokens."""
     plan: str
@@ -65,26 +68,44 @@ def run_pretrain_moe(config: PretrainMoeConfig, session: Session) -> None:
     hardware = Hardware.choose(config, config.trainer.dtype, config.trainer.fewest)
     if warning := config.flat_router():
         log.warning(warning)
+    data = found_here(config.data)
     with ExitStack() as stack:
-        cache = stack.enter_context(contextlib.closing(TokenCache(config.data, str(session.folder / "tokens"), config.seed)))
+        cache = stack.enter_context(contextlib.closing(TokenCache(data, str(session.folder / "tokens"), config.seed)))
         _same_data(session, cache)
         cache.fill()
-        spec = PretrainSpec(config, vocabulary_of(config), hardware.device, hardware.dtype)
+        start = local_or_id(config.start) if config.start else None
+        spec = PretrainSpec(config, vocabulary_of(config), start, hardware.device, hardware.dtype)
         stack.enter_context(_shown(config, session, cache))
-        _fit(Work(spec, session.folder, session.job, cache.path, cache.plan.name), config, hardware)
+        _fit(Work(spec, session.folder, session.job, data.tokenizer, cache.path, cache.plan.name), config, hardware)
     session.ledger.finish(config.steps)
     log.info("weights: %s", session.folder / "export")
 
 
-def vocabulary_of(config: PretrainMoeConfig) -> int:
-    """Rows of the embedding. Raises ConfigError for fewer than the tokenizer has tokens."""
-    tokens, asked = len(load_tokenizer(config.data.tokenizer)), config.model.vocabulary
-    if asked is not None and asked < tokens:
-        raise ConfigError(
-            f"model.vocabulary={asked} is smaller than the tokenizer of {config.data.tokenizer}, which has {tokens} tokens",
-            "raise it, leave it out, or take the tokenizer that belongs to the model",
-        )
-    return asked or tokens
+def run_local_text(config: LocalTextConfig, session: Session) -> None:
+    """Text, tokenizer and prompts as files in the run's folder."""
+    from raysys.data.local_text import train_tokenizer, write_local_text
+
+    folder = session.folder
+    counts = write_local_text(folder, megabytes=config.megabytes, tasks_megabytes=config.tasks_megabytes, seed=config.seed)
+    for name, count in counts.items():
+        log.info("%7d documents in %s", count, folder / name)
+    train_tokenizer([folder / name for name in counts], config.vocabulary, folder / "tokenizer", context=config.context)
+    write_prompts([folder / name for name in counts], config.prompts, folder / "prompts.jsonl")
+    session.ledger.finish(0)
+
+
+def write_prompts(files: Sequence[Path], count: int, path: Path) -> None:
+    """Beginnings of documents, of each file in turn, as `data.path` of other jobs takes them."""
+    texts = [itertools.islice((record["text"] for _, record in read_json_lines(file)), count) for file in files]
+    begun = itertools.islice((text for together in zip(*texts, strict=False) for text in together), count)
+    rows = [{"id": f"prompt-{number}", "prompt": _beginning(text)} for number, text in enumerate(begun)]
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _beginning(text: str) -> str:
+    """A task's question, else the first words."""
+    head, cut, _ = text.partition("\nAnswer:")
+    return head + cut if cut else " ".join(text.split()[:12])
 
 
 def _same_data(session: Session, cache: TokenCache) -> None:
@@ -209,13 +230,15 @@ def _train(pretrainer: Pretrainer, work: Work, stack: ExitStack) -> None:
             with watch("checkpoint"):
                 _checkpoint(pretrainer, metrics)
         if writer is not None:
-            writer.write(_record(step, metrics, watch.lap(), stream))
+            writer.write(_record(step, metrics, watch.lap(), stream, pretrainer))
 
 
-def _record(step: int, metrics: dict[str, Any], seconds: dict[str, float], stream: TokenStream) -> dict[str, Any]:
-    rate = metrics["tokens"] / seconds["total"]
-    epochs = {f"epoch/{label}": epoch for label, epoch in stream.epochs.items()}
-    return {"step": step, "version": step + 1} | metrics | epochs | {"tokens_per_second": rate, "seconds": seconds}
+def _record(step: int, metrics: dict[str, Any], seconds: dict[str, float], stream: TokenStream, pretrainer: Pretrainer) -> dict[str, Any]:
+    record = {"step": step, "version": step + 1} | metrics | {f"epoch/{label}": epoch for label, epoch in stream.epochs.items()}
+    record["tokens_per_second"] = rate = metrics["tokens"] / seconds["total"]
+    if peak := pretrainer.spec.config.trainer.peak_tflops:
+        record["mfu"] = rate * 6 * pretrainer.activated / (peak * 1e12 * pretrainer.world)
+    return record | {"seconds": seconds}
 
 
 def _watch(pretrainer: Pretrainer, work: Work, step: int) -> dict[str, float]:
@@ -288,7 +311,7 @@ def _export(pretrainer: Pretrainer, work: Work) -> None:
     first = pretrainer.rank == 0
     if first:
         shutil.rmtree(draft, ignore_errors=True)
-    pretrainer.export(draft, load_tokenizer(work.spec.config.data.tokenizer) if first else None)
+    pretrainer.export(draft, load_tokenizer(work.tokenizer) if first else None)
     if first:
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)

@@ -34,6 +34,8 @@ from raysys.checks import (
     check_generate,
     check_gopd,
     check_hpd,
+    check_local_text,
+    check_pretrain_moe,
     check_questions,
     check_search_agent,
     check_sft,
@@ -51,6 +53,7 @@ from raysys.evaluation.during import NoEvaluation
 from raysys.generation.run import generate
 from raysys.job import Session
 from raysys.loop import Evaluates, Parts
+from raysys.pretraining import run_local_text, run_pretrain_moe
 from raysys.report.live import Live
 from raysys.rollout.engine import quantised, revision, stop_ids
 from raysys.rollout.members import Member
@@ -74,6 +77,8 @@ __all__ = [
     "check_generate",
     "check_gopd",
     "check_hpd",
+    "check_local_text",
+    "check_pretrain_moe",
     "check_questions",
     "check_search_agent",
     "check_sft",
@@ -81,6 +86,8 @@ __all__ = [
     "run_generate",
     "run_gopd",
     "run_hpd",
+    "run_local_text",
+    "run_pretrain_moe",
     "run_questions",
     "run_search_agent",
     "run_sft",

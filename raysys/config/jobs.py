@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raysys.config.agents import QuestionsConfig, SearchAgentConfig
-from raysys.config.pretraining import PretrainMoeConfig
+from raysys.config.pretraining import LocalTextConfig, PretrainMoeConfig
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, PipelineConfig, Run, SftConfig
 
 CONFIGS: dict[str, type[Run]] = {
@@ -11,6 +11,7 @@ CONFIGS: dict[str, type[Run]] = {
     "hpd": HpdConfig,
     "search_agent": SearchAgentConfig,
     "questions": QuestionsConfig,
+    "local_text": LocalTextConfig,
     "pretrain_moe": PretrainMoeConfig,
     "sft": SftConfig,
     "generate": GenerateConfig,

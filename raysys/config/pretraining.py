@@ -16,6 +16,20 @@ MODERATE_LOGIT = 4.0
 """The largest logit that fixed-norm rows can give should not be below it: with less the softmax is flat."""
 
 
+class LocalTextConfig(Run):
+    """`jobs/local_text.py`: text that is on every machine with this package, a tokenizer trained on it, and prompts to try a model on."""
+
+    megabytes: PositiveFloat = 16.0
+    """Of code at most, and of documentation at most."""
+    tasks_megabytes: PositiveFloat = 2.0
+    """Of questions with answers."""
+    vocabulary: int = Field(default=4096, ge=258)
+    """Tokens, the 256 bytes and two special ones among them."""
+    context: PositiveInt = 4096
+    """Tokens that the tokenizer's folder says a model can hold."""
+    prompts: PositiveInt = 8
+
+
 class MoeModel(Config):
     """Sizes of the decoder; see `raysys.models.moe.MoeShape`."""
 
@@ -93,6 +107,8 @@ class Ranks(Config):
     offload_optimizer: bool = placed(False)
     threads: PositiveInt = 2
     """CPU threads of a rank."""
+    peak_tflops: PositiveFloat | None = placed(None)
+    """Of one device in this dtype, by its data sheet: the run then records which share of it is used (MFU)."""
     restarts: NonNegativeInt = placed(3)
     """Times that Ray Train starts its workers again after it lost one."""
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 COLORS = ("#3b6fd4", "#e07b39", "#2f9e6e", "#b4459c", "#8a7a3d", "#5b8aa6", "#c2434a")
-PHASES = ("generate", "score", "train", "push", "record", "evaluate", "checkpoint", "other")
+PHASES = ("data", "generate", "score", "train", "push", "record", "watch", "validate", "evaluate", "checkpoint", "other")
 _TITLES = {
     "reward": "Reward",
     "exact_match": "Share of exact matches",
@@ -26,6 +26,13 @@ _TITLES = {
     "loss_tokens": "Share of response tokens trained on",
     "reverse_kl": "Reverse KL to the teacher, nats a token",
     "loss": "Loss",
+    "validation_loss": "Held-out loss, nats a token",
+    "alignment": "Alignment of routers with their experts (lambda)",
+    "max_violation": "Load of the busiest expert above the mean, of a batch (MaxVio)",
+    "max_violation_global": "Load of the busiest expert above the mean, between looks (MaxVio)",
+    "balance_loss": "Balance loss, 1 where all experts are alike",
+    "row_cosine": "Mean |cosine| between router rows",
+    "z_loss": "Router z-loss",
     "nll": "Negative log-likelihood, nats a token",
     "response_tokens": "Response length, tokens",
     "entropy": "Entropy, nats a token",
@@ -44,6 +51,7 @@ _TITLES = {
     "correct": "Share of right answers",
     "tokens_per_second": "Response tokens a second",
     "importance_mean": "Mean importance weight",
+    "mfu": "Share of the devices' peak (MFU)",
 }
 CURVES = tuple(_TITLES)
 _EPISODES: tuple[tuple[str, tuple[tuple[str, str, int, bool], ...]], ...] = (
@@ -92,6 +100,40 @@ def of_episodes(records: Sequence[Mapping[str, Any]]) -> bool:
     return any("exact_match" in record for record in records)
 
 
+def of_pretraining(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the records are of a run that pretrains a mixture of experts."""
+    return any("balance_loss" in record for record in records)
+
+
+def routers(looks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(title, HTML) of what `routers.jsonl` tells by layer: alignment over the run, and the loads of experts at the end."""
+    import plotly.graph_objects as go
+
+    if not looks:
+        return []
+    layers = range(len(looks[0]["alignment"]))
+    steps = [look["step"] + 1 for look in looks]
+    lines = [(f"layer {n + 1}", steps, [look["alignment"][n] for look in looks], COLORS[n % len(COLORS)], n >= len(COLORS)) for n in layers]
+    load = looks[-1]["load"]
+    figure = go.Figure(
+        go.Heatmap(
+            z=load,
+            x=[str(n + 1) for n in range(len(load[0]))],
+            y=[f"layer {n + 1}" for n in layers],
+            colorscale=[[0, "#f3f1ea"], [0.5, "#7fa7e0"], [1, "#1d3f86"]],
+            zmin=0,
+            colorbar={"thickness": 10, "outlinewidth": 0},
+            hovertemplate="%{y}, expert %{x}: %{z:.2f} of the mean<extra></extra>",
+        )
+    )
+    figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(title_text="expert")
+    return [
+        ("Alignment by layer (lambda)", _lines(lines, True, small=False)),
+        ("Load of each expert since the look before, as a share of the mean", _html(figure, height=240)),
+    ]
+
+
 def curves(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """(title, HTML) of each metric that the records have; per-domain parts (`reward/add`) join their whole.
 
@@ -126,6 +168,8 @@ def _points(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], 
 def overlay(runs: Mapping[str, Sequence[Mapping[str, Any]]], without: Collection[str] = ()) -> list[tuple[str, str]]:
     """As `curves`, with several runs in each picture. A single run shows its domains too. `without`: metrics to leave out."""
     titles = _TITLES | ({"reward": "F1"} if any(of_episodes(records) for records in runs.values()) else {})
+    if any(of_pretraining(records) for records in runs.values()):
+        titles |= {"loss": "Loss, nats a token", "tokens_per_second": "Tokens a second"}
     pictures = []
     for name in (name for name in CURVES if name not in without):
         lines: list[tuple[str, list[int], list[float], str, bool]] = []

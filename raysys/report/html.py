@@ -62,6 +62,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "accuracy": Markup(charts.accuracy([(one["label"], one["domains"]) for one in ends])) if ends else "",
         "accuracy_by_step": Markup(charts.accuracy_by_step(evaluations)),
         "episodes": [(title, Markup(html)) for title, html in charts.episodes(records)],
+        "routers": [(title, Markup(html)) for title, html in charts.routers(_lines(folder / "routers.jsonl"))],
         "curves": [(title, Markup(html)) for title, html in charts.curves(records)],
         "seconds": Markup(charts.seconds(records)),
         "samples": _paired_samples(_lines(folder / "samples.jsonl")),
@@ -79,11 +80,15 @@ def _pipeline(folder: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, An
         run = Path(stage["run_dir"])
         run = run if run.is_absolute() else folder / run
         shown.append(dict(stage) | {"link": f"../{run.name}/report.html" if (run / "report.html").is_file() else ""})
-        if stage["job"] not in ("sft", "evaluate", "generate") and (records := _lines(run / "metrics.jsonl")) and stage["status"] != "same":
+        if (
+            stage["job"] not in ("sft", "evaluate", "generate", "local_text")
+            and (records := _lines(run / "metrics.jsonl"))
+            and stage["status"] != "same"
+        ):
             runs[stage["name"]] = records
             samples = _paired_samples(_lines(run / "samples.jsonl"))
     return {
-        "summary": _comparison_summary(rows, compared.get("columns", [])),
+        "summary": _comparison_summary(rows, compared.get("columns", []), runs),
         "facts": [("stages", str(len(stages))), ("time in stages", f"{sum(stage['seconds'] for stage in stages):.0f} s")],
         "domains": compared.get("columns", []),
         "table": rows,
@@ -92,6 +97,7 @@ def _pipeline(folder: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, An
         "accuracy": Markup(charts.accuracy([(row["label"], row["domains"]) for row in rows])) if rows else "",
         "accuracy_by_step": "",
         "episodes": [],
+        "routers": [],
         "curves": [(title, Markup(html)) for title, html in charts.overlay(runs)] if runs else [],
         "seconds": Markup(charts.seconds(list(runs.values())[-1])) if runs else "",
         "samples": samples,
@@ -122,11 +128,21 @@ def _summary(records: Sequence[Mapping[str, Any]], ends: Sequence[Mapping[str, A
             parts.append(f"{name} accuracy {before:.1%} to {after:.1%}")
     if records and isinstance(records[0].get("reverse_kl"), float):
         parts.append(f"reverse KL {records[0]['reverse_kl']:.2f} to {records[-1]['reverse_kl']:.2f} nats a token")
+    elif charts.of_pretraining(records):
+        parts += _pretraining_summary(records)
     elif charts.of_episodes(records):
         parts += _episodes_summary(records)
     elif records and isinstance(records[0].get("nll"), float):
         parts.append(f"NLL {records[0]['nll']:.2f} to {records[-1]['nll']:.2f} nats a token")
     return ", ".join(parts) + f", in {len(records)} steps." if parts else f"{len(records)} steps."
+
+
+def _pretraining_summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    parts = [f"loss {records[0]['loss']:.2f} to {records[-1]['loss']:.2f} nats a token"]
+    for name, text in (("validation_loss", "held-out {:.3f}"), ("alignment", "lambda {:.2f}"), ("max_violation", "MaxVio {:.2f}")):
+        found = [record[name] for record in records if isinstance(record.get(name), float)]
+        parts += [text.format(found[-1])] if found else []
+    return parts
 
 
 def _episodes_summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -161,9 +177,10 @@ def _generated(records: Sequence[Mapping[str, Any]]) -> str:
     return f"{kept:,} of {samples:,} answers kept, in {len(records)} shards."
 
 
-def _comparison_summary(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+def _comparison_summary(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], runs: Mapping[str, Any]) -> str:
     if not rows or not columns:
-        return "No stage has been evaluated yet."
+        told = [f"{name}: {', '.join(_pretraining_summary(records))}" for name, records in runs.items() if charts.of_pretraining(records)]
+        return "; ".join(told) + "." if told else "No stage has been evaluated yet."
     # A specialist is best on average and useless elsewhere: what counts is the domain a model is worst at.
     best = max(rows, key=lambda row: min(row["domains"].get(name, {}).get("mean", 0.0) for name in columns))
     means = ", ".join(f"{name} {best['domains'][name]['mean']:.1%}" for name in columns if name in best["domains"])

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 _SHOWN = (
     *(("reward", "reward", ".3f"), ("reverse_kl", "kl", ".3f"), ("nll", "nll", ".3f"), ("response_tokens", "len", ".1f")),
+    *(("pretraining_loss", "loss", ".3f"), ("validation_loss", "held-out", ".3f"), ("max_violation", "MaxVio", ".2f")),
     *(("kept", "kept", "d"), ("correct", "correct", ".3f"), ("tokens_per_second", "tokens/s", ",.0f")),
 )
 _PHASES = (("generate", "gen"), ("score", "score"), ("train", "train"), ("push", "push"))
@@ -17,6 +18,8 @@ _PHASES = (("generate", "gen"), ("score", "score"), ("train", "train"), ("push",
 def line(record: Mapping[str, Any], steps: int, eta: float | None = None) -> str:
     """A step's record as one line; `eta` in seconds."""
     parts = [f"step {record['step'] + 1}/{steps}"]
+    if "balance_loss" in record:  # elsewhere the loss says less than the rest
+        record = {**record, "pretraining_loss": record.get("loss")}
     parts += [f"{name} {record[key]:{form}}" for key, name, form in _SHOWN if isinstance(record.get(key), (int, float))]
     seconds = record.get("seconds") or {}
     phases = " ".join(f"{name} {seconds[key]:.2f}" for key, name in _PHASES if seconds.get(key, 0) >= 0.005)

@@ -16,6 +16,8 @@ class PretrainSpec:
     config: PretrainMoeConfig
     vocabulary: int
     """Rows of the embedding."""
+    start: str | None
+    """Folder to go on from, as it is found here."""
     device: str
     """"cpu" or "gpu"."""
     dtype: str

@@ -25,7 +25,7 @@ from torch import distributed as dist
 from raysys.errors import NumericsError
 from raysys.methods.mpi import alignment, input_matrix, max_violation, row_cosine
 from raysys.models.expert_parallel import ExpertGroup
-from raysys.models.moe import MoeDecoder, next_token_loss, shape_for
+from raysys.models.moe import MoeDecoder, counts, next_token_loss, shape_for
 from raysys.models.moe_files import export_moe, load_moe
 from raysys.models.packing import Packing
 from raysys.models.routing import Routing
@@ -45,6 +45,7 @@ class Pretrainer:
         self.rank, self.world, self.device = deep.join(spec.device, config.trainer.threads, config.seed)
         self.stage = deep.effective_stage(config.trainer.zero_stage, spec.dtype)
         self.model = mark(_model(spec, expert_group(config.trainer.expert_parallel)))
+        self.activated = counts(self.model.shape).activated
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         optimizer = make_optimizer(self.model, config.optimiser)
         named = {id(parameter): f"model.{name}" for name, parameter in self.model.named_parameters()}  # as DeepSpeed sees them
@@ -84,12 +85,12 @@ class Pretrainer:
         config = self.spec.config
         rate = rate_of(config.optimiser, self.step_index, config.steps)
         set_rate(self.engine, rate)
-        counts = self._summed(torch.tensor([[part.predicted, len(part.ids)] for part in passes], dtype=torch.float64))
+        sizes = self._summed(torch.tensor([[part.predicted, len(part.ids)] for part in passes], dtype=torch.float64))
         sums = torch.zeros(3, dtype=torch.float64)
         violation = 0.0
         for number, part in enumerate(passes):
             self.engine.set_gradient_accumulation_boundary(number + 1 == len(passes))
-            target, found, loads = self._pass(part, counts[:, 0].sum(), counts[number, 1], len(passes))
+            target, found, loads = self._pass(part, sizes[:, 0].sum(), sizes[number, 1], len(passes))
             self.engine.backward(target * self.world, scale_wrt_gas=False)
             sums += found
             violation += float(max_violation(loads).mean()) / len(passes)
@@ -107,7 +108,7 @@ class Pretrainer:
             "max_violation": violation,
             "grad_norm": norm,
             "learning_rate": rate,
-            "tokens": float(counts[:, 1].sum()),
+            "tokens": float(sizes[:, 1].sum()),
         }
 
     def _pass(self, part: Sequences, predicted: Tensor, tokens: Tensor, passes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,8 +229,8 @@ class _Objective(nn.Module):
 def _model(spec: PretrainSpec, group: ExpertGroup | None) -> MoeDecoder:
     config, kind = spec.config, getattr(torch, spec.dtype)
     recompute = config.trainer.activation_checkpointing
-    if config.start is not None:
-        return load_moe(config.start, Routing(**config.router.model_dump()), kind, recompute, group)
+    if spec.start is not None:
+        return load_moe(spec.start, Routing(**config.router.model_dump()), kind, recompute, group)
     shape = shape_for(config.model, config.router, spec.vocabulary, config.data.sequence)
     return MoeDecoder(shape, recompute, group).initialise(config.seed).to(kind)
 

@@ -58,7 +58,7 @@ def shares(step: int, passes: int, rank: int, ranks: int, empty: bool = False) -
 def made(rank: int, ranks: int, port: int, of: PretrainMoeConfig) -> Pretrainer:
     where = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in where.items()}
-    return Pretrainer(PretrainSpec(of, VOCABULARY, "cpu", "float32"))
+    return Pretrainer(PretrainSpec(of, VOCABULARY, None, "cpu", "float32"))
 
 
 def trained(
