@@ -34,9 +34,7 @@ class Experts(nn.Module):
         return apply(x, weights, indices, self.gate, self.up, self.down)
 
 
-def mixture(
-    x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor, chosen: int | None = None
-) -> Tensor:
+def mixture(x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tensor, down: Tensor, chosen: int | None = None) -> Tensor:
     """What the chosen experts make of each token, weighted: [T, D] in x's dtype.
 
     On CUDA in bfloat16, grouped matrix products; elsewhere expert by expert, without ever holding K copies of the tokens.

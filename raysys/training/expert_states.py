@@ -81,7 +81,7 @@ def _put(engine: Any, key: str, parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _link(engine: Any) -> None:
-    """ZeRO 1 and 2 tie the optimiser's states to parameters after the first step of their first group, when the others have none yet (0.19)."""
+    """ZeRO 1 and 2 tie states to parameters after the first step of the optimiser's first group, when the others have none yet (0.19)."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False
