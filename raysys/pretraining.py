@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raysys.assembly import Hardware
-from raysys.checks import vocabulary_of
+from raysys.checks import found_here, local_or_id, vocabulary_of
 from raysys.config.pretraining import LocalTextConfig, PretrainMoeConfig
 from raysys.data.shards import Split
 from raysys.data.text import load_tokenizer

@@ -20,7 +20,7 @@ def check_parallel(zero_stage: int, expert_parallel: int, ranks: int, experts: i
         return
     if zero_stage > 2:
         raise ConfigError(
-            f"expert_parallel={expert_parallel} does not go together with zero_stage={zero_stage}, which splits every parameter over all ranks",
+            f"expert_parallel={expert_parallel} does not go with zero_stage={zero_stage}, which splits every parameter over all ranks",
             "set expert_parallel to 1, or zero_stage to 0, 1 or 2",
         )
     if ranks % expert_parallel:

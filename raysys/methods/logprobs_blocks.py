@@ -102,11 +102,12 @@ class Kept:
     def plan(cls, head: Head, unembedding_wanted: bool) -> Kept:
         # A float16 would lose what is small beside 1.
         dtype = torch.float32 if head.hidden.dtype == torch.float16 else head.hidden.dtype
-        start, stop = head.blocks()[0]
+        blocks = head.blocks()
+        start, stop = blocks[0]
         one = len(head.hidden) * (stop - start) * dtype.itemsize
         gradient = head.unembedding.nbytes if unembedding_wanted else 0
         share = int(KEPT_SHARE * len(head.hidden) * len(head.unembedding) * head.dtype.itemsize)
-        return cls(dtype, 0 if head.hidden.is_cuda or not one else max(gradient, share, KEPT_FLOOR) // one)
+        return cls(dtype, 0 if head.hidden.is_cuda or not one else min(len(blocks), max(gradient, share, KEPT_FLOOR) // one))
 
     @classmethod
     def whole(cls, head: Head) -> Kept:

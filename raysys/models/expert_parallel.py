@@ -1,4 +1,4 @@
-"""Experts split over ranks: each holds N / E of every layer, tokens travel to the ranks that hold their experts and what these make of them back.
+"""Experts split over ranks: each holds N / E of every layer; tokens travel to those that hold their experts, what is made of them back.
 
 A token goes once to each rank that holds any of its experts, with its routing weights, and one weighted sum comes back: at most min(K, E)
 rows each way, none dropped. Rows of the MPI router are made where their experts are and gathered.

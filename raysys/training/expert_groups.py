@@ -48,7 +48,7 @@ def expert_group(expert_parallel: int) -> ExpertGroup | None:
 
 
 def mark(model: MoeDecoder) -> MoeDecoder:
-    """Says on the stacks of experts which group they are reduced in, and to DeepSpeed that there are any. Before `initialize`; gives the model.
+    """Says on the stacks of experts which group they are reduced in, and tells DeepSpeed that there are any. Before `initialize`.
 
     Without an expert group the `Mixture`s become leaf modules of ZeRO 3, which would otherwise gather their parts in the order in which a
     rank's tokens need them.
@@ -89,12 +89,14 @@ def clip_gradients(model: MoeDecoder, most: float) -> float:
     """
     split = {id(parameter) for parameter in stacks(model).values()} if model.expert_group is not None else set()
     parameters = [one for one in model.parameters() if one.grad is not None]
-    here, everywhere = ([one.grad for one in parameters if (id(one) in split) == inside] for inside in (True, False))
-    square = get_total_norm(here).double().square()
+    here, everywhere = (
+        [one.grad for one in parameters if one.grad is not None and (id(one) in split) == inside] for inside in (True, False)
+    )
+    device = parameters[0].device
+    square = get_total_norm(here).to(device).double().square()
     if model.expert_group is not None:
-        square = square.to(parameters[0].device)
         dist.all_reduce(square, group=model.expert_group.handle)
-    norm = (square.to(parameters[0].device) + get_total_norm(everywhere).double().square()).sqrt()
+    norm = (square + get_total_norm(everywhere).to(device).double().square()).sqrt()
     if torch.isfinite(norm):
         clip_grads_with_norm_(parameters, most, norm)
     return float(norm)

@@ -1,4 +1,4 @@
-"""What ranks do in `test_expert_parallel.py`: a layer or a decoder whose experts they hold between them. Without `ranks`, the same on one."""
+"""What ranks do in `test_expert_parallel.py`: a layer or a decoder whose experts they hold between them. By default, one rank has all."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def group(rank: int, ranks: int, port: int, size: int) -> ExpertGroup:
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
     if size not in _GROUPS:
         handles = [dist.new_group(list(range(first, first + size))) for first in range(0, ranks, size)]
-        _GROUPS[size] = ExpertGroup(handles[rank // size])
+        _GROUPS[size] = ExpertGroup(handles[rank // size])  # type: ignore[arg-type]
     return _GROUPS[size]
 
 
@@ -113,10 +113,10 @@ def states(rank: int, ranks: int, port: int, *, size: int, shape: MoeShape = SHA
     held = group(rank, ranks, port, size)
     model = MoeDecoder(shape, expert_group=held).initialise(5)
     found = {name: None if tensor is None else tensor.clone() for name, tensor in whole_tensors(model)}
-    lists = [{name: tensor for name, tensor in found.items()}]
-    dist.broadcast_object_list(lists, src=0)
+    sent: list[Any] = [found]
+    dist.broadcast_object_list(sent, src=0)
     other = MoeDecoder(shape, expert_group=held).initialise(6)
-    load_whole(other, lambda name: lists[0][name])
+    load_whole(other, lambda name: sent[0][name])
     same = all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     return {"same": same, "whole": {name: None if tensor is None else tensor.numpy() for name, tensor in found.items()}}
 

@@ -136,7 +136,7 @@ def _engine(rank: int, ranks: int, port: int, expert_parallel: int, stage: int, 
 
 
 def _accumulate(engine: Any, step: int, rank: int, ranks: int) -> float:
-    """Gradients of the step: loads of all micro-batches first, then each part; ranks with fewer fill up with ones that count for nothing."""
+    """Gradients of the step: loads of all micro-batches first, then each part; who has fewer fills up with ones that count for nothing."""
     most = max(len(micros(step, other, ranks)) for other in range(ranks))
     mine = micros(step, rank, ranks)
     todo = [(ids, lengths, 1.0) for ids, lengths in mine] + [(torch.zeros(2, dtype=torch.long), [2], 0.0)] * (most - len(mine))

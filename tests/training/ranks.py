@@ -20,8 +20,9 @@ class Ranks:
 
     def __init__(self, count: int, imports: list[str] | None = None):
         self.count, self.port = count, _free_port()
-        context = mp.get_context("spawn" if imports is None else "forkserver")
+        context = mp.get_context("spawn")
         if imports is not None:
+            context = mp.get_context("forkserver")
             context.set_forkserver_preload(imports)
         self._pipes, self._processes = [], []
         for rank in range(count):

@@ -106,7 +106,7 @@ def test_deepspeed_s_own_checkpoint_is_refused(pair: Ranks, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ((3, 2, 4, 8), "expert_parallel=2 does not go together with zero_stage=3.*zero_stage to 0, 1 or 2"),
+        ((3, 2, 4, 8), "expert_parallel=2 does not go with zero_stage=3.*zero_stage to 0, 1 or 2"),
         ((2, 4, 6, 8), "ranks=6 cannot be split into groups of expert_parallel=4"),
         ((1, 4, 4, 6), "experts=6 cannot be split evenly over expert_parallel=4"),
         ((1, 0, 4, 8), "expert_parallel=0 is no number of ranks"),
