@@ -83,7 +83,7 @@ class Files:
                 table = parquet.ParquetFile(file).read_row_group(unit.start)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"{unit.name}: row group {unit.start} cannot be read: {_first_line(error)}", "the file is damaged; write it again"
+                f"{unit.name}: row group {unit.start} cannot be read: {first_line(error)}", "the file is damaged; write it again"
             ) from None
         for number, record in enumerate(table.slice(skip, count).to_pylist(), unit.first + skip):
             yield Raw(number, record)
@@ -101,7 +101,7 @@ def _parsed(number: int, line: bytes) -> Raw:
     except json.JSONDecodeError as error:
         return Raw(number, error=f"invalid JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets nested without end
-        return Raw(number, error=f"invalid JSON: {_first_line(error)}")
+        return Raw(number, error=f"invalid JSON: {first_line(error)}")
 
 
 def open_files(path: str) -> Files:
@@ -113,8 +113,8 @@ def open_files(path: str) -> Files:
         ConfigError: nothing there, nothing of a known kind, or a file system that cannot be reached; an empty data set.
         DataError: a damaged Parquet file.
     """
-    system, base, wildcard = _locate(path)
-    found = _listed(system, base, wildcard, path)
+    system, base, wildcard = locate(path)
+    found = listed(system, base, wildcard, path)
     wanted = [info for info in found if info.path.endswith(JSON_SUFFIXES + PARQUET_SUFFIXES)]
     if not wanted:
         held = f"holds only {', '.join(sorted(Path(info.path).name for info in found)[:5])}" if found else "matches no file"
@@ -128,8 +128,8 @@ def open_files(path: str) -> Files:
     return Files(system, tuple(units))
 
 
-def _locate(path: str) -> tuple[filesystems.FileSystem, str, str | None]:
-    """File system, the folder or file below which to look, and the pattern of paths if there is one."""
+def locate(path: str, key: str = "data.path") -> tuple[filesystems.FileSystem, str, str | None]:
+    """File system, the folder or file below which to look, and the pattern of paths if there is one. `key`: what errors call the path."""
     parts = path.split("/")
     signs = _WILD - {"?"} if "://" in path else _WILD  # a URI's question mark begins its options
     wild = None if Path(path).exists() else next((number for number, part in enumerate(parts) if signs & set(part)), None)
@@ -145,23 +145,26 @@ def _locate(path: str) -> tuple[filesystems.FileSystem, str, str | None]:
         else:
             system, base = filesystems.LocalFileSystem(), str(Path(plain).expanduser().absolute())
     except (pa.ArrowException, OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"data.path={path} cannot be reached: {_first_line(error)}", "check the address and the credentials") from None
+        raise ConfigError(f"{key}={path} cannot be reached: {first_line(error)}", "check the address and the credentials") from None
     base = base.rstrip("/") or "/"
     return system, base, None if wild is None else "/".join([base.rstrip("/"), *parts[wild:]])
 
 
-def _listed(system: filesystems.FileSystem, base: str, wildcard: str | None, path: str) -> list[filesystems.FileInfo]:
+def listed(
+    system: filesystems.FileSystem, base: str, wildcard: str | None, path: str, key: str = "data.path"
+) -> list[filesystems.FileInfo]:
+    """The files there, in no order. Raises ConfigError: nothing there, or it cannot be reached."""
     try:
         info = system.get_file_info(base)
         if info.type == filesystems.FileType.File:
             return [info]
         if info.type == filesystems.FileType.NotFound:
-            raise ConfigError(f"data.path={path} does not exist", "check data.path")
+            raise ConfigError(f"{key}={path} does not exist", f"check {key}")
         inside = system.get_file_info(filesystems.FileSelector(base, recursive=True))
     except ConfigError:
         raise
     except Exception as error:  # each remote file system has errors of its own
-        raise ConfigError(f"data.path={path} cannot be reached: {_first_line(error)}", "check the address and the credentials") from None
+        raise ConfigError(f"{key}={path} cannot be reached: {first_line(error)}", "check the address and the credentials") from None
     files = [info for info in inside if info.type == filesystems.FileType.File]
     if wildcard is not None:
         return [info for info in files if _matches(info.path, wildcard)]
@@ -203,7 +206,7 @@ def _row_groups(system: filesystems.FileSystem, path: str, name: str) -> Iterato
         with system.open_input_file(path) as file:
             metadata = parquet.ParquetFile(file).metadata
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{name} is not a Parquet file: {_first_line(error)}", "the file is damaged or misnamed") from None
+        raise DataError(f"{name} is not a Parquet file: {first_line(error)}", "the file is damaged or misnamed") from None
     if not {"prompt", "messages"} & set(columns := metadata.schema.to_arrow_schema().names):
         raise DataError(f"{name} has no column `prompt` or `messages`, only {', '.join(columns)}", "rename the column")
     first = 1
@@ -214,5 +217,5 @@ def _row_groups(system: filesystems.FileSystem, path: str, name: str) -> Iterato
         first += rows
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -63,6 +63,7 @@ class BadRows:
     bad: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    key: str = "data.max_bad_share"
 
     def good(self, rows: int = 1) -> None:
         self.seen += rows
@@ -78,9 +79,8 @@ class BadRows:
         """Raises DataError when too many rows are bad. `complete`: all rows have been seen, however few."""
         if self.bad > self.max_share * self.seen and (complete or self.seen >= ENOUGH):
             raise DataError(
-                f"{self.bad} of {self.seen} rows are unusable, more than data.max_bad_share={self.max_share:g}: "
-                + "; ".join(self.examples[:5]),
-                "correct the rows, or raise data.max_bad_share",
+                f"{self.bad} of {self.seen} rows are unusable, more than {self.key}={self.max_share:g}: " + "; ".join(self.examples[:5]),
+                f"correct the rows, or raise {self.key}",
             )
 
     def lines(self) -> list[str]:
@@ -97,6 +97,12 @@ class BadRows:
     def restore(self, state: Mapping[str, Any]) -> None:
         self.seen, self.bad = state["seen"], state["bad"]
         self.reasons, self.examples = Counter(state["reasons"]), list(state["examples"])
+
+    def absorb(self, state: Mapping[str, Any]) -> None:
+        """Counts what others have counted."""
+        self.seen, self.bad = self.seen + state["seen"], self.bad + state["bad"]
+        self.reasons.update(state["reasons"])
+        self.examples += state["examples"][: SHOWN - len(self.examples)]
 
 
 def parse(record: Any, *, where: str, row_id: str, default_verifier: str, context_field: str | None) -> Row:

@@ -29,3 +29,14 @@ def chatty(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def bytewise(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a byte-level tokenizer with 300 ids, of which 1 ends documents."""
+    from raysys.data.local_text import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("bytewise")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "the quick brown fox {number} jumps over the lazy dog"}}\n' for number in range(50)))
+    return str(train_tokenizer([rows], 300, folder / "tokenizer"))
