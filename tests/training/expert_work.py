@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,14 @@ def plain(shape: MoeShape, clip: float = CLIP) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": {name: one.detach().numpy() for name, one in model.named_parameters()}}
 
 
+def idle_step(engine: Any) -> None:
+    """An optimiser step whose gradient is zero."""
+    engine.set_gradient_accumulation_boundary(True)
+    loss, _, _ = next_token_loss(engine, torch.zeros(2, dtype=torch.long), Packing([2], "cpu"))
+    engine.backward(loss * 0.0, scale_wrt_gas=False)
+    engine.step()
+
+
 def train(
     rank: int,
     ranks: int,
@@ -94,7 +103,7 @@ def train(
     loaded: dict[str, np.ndarray] = {}
     if load is not None:
         saved = torch.load(load)
-        load_states(engine, lambda name, key: saved["states"][name, key], saved["updates"])
+        load_states(engine, lambda name, key: saved["states"][name, key], saved["updates"], partial(idle_step, engine))
         loaded = {f"{name} {key}": one.numpy() for name, key, one in whole_states(engine) if one is not None}
     losses, norms = [], []
     for step in steps:
