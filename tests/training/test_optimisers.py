@@ -243,6 +243,7 @@ def engine_of(rank: int, ranks: int, port: int, kind: str, stage: int, dtype: st
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_, **__: None  # a garbage collection each
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     settings = config(kind, epsilon=1e-4)
     model = decoder().to(getattr(torch, dtype))
