@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from raysys import tasks
+from raysys.data.cleaning import clean
 from raysys.data.procedural import split_of
+from raysys.data.rows import BadRow
 from raysys.files import writing
 
 TASKS = (
@@ -61,11 +63,11 @@ def _files(suffixes: tuple[str, ...], limit: int) -> Iterator[str]:
     for path in sorted(_installed(suffixes), key=lambda path: hashlib.blake2b(str(path[1]).encode(), digest_size=8).digest()):
         try:
             data = Path(path[0]).read_bytes()
-            text = data.decode("utf-8")
-        except (OSError, UnicodeDecodeError):
+            text = clean(data)
+        except (OSError, BadRow):
             continue
         mark = hashlib.blake2b(data, digest_size=8).digest()
-        if not _FEWEST <= len(data) <= _MOST or mark in seen or "\0" in text:
+        if not _FEWEST <= len(data) <= _MOST or mark in seen:
             continue
         if held + len(data) > limit:
             return

@@ -175,6 +175,8 @@ class TokenCache:
             self._publish(notes=True)
 
     def _take(self, note: dict[str, Any]) -> None:
+        if note["key"] in self._notes:  # Ray repeats a task whose node died after it had told
+            return
         self._notes[note["key"]] = note
         self.tokenised += 1
         self._tokens += note["tokens"] + note["held_tokens"]

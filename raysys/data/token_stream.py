@@ -37,7 +37,8 @@ class Packed:
 
 class TokenStream:
     """Sequences by step. The cursor is the step number: any step can be asked for at any time, and is the same for every number of
-    ranks but for how it is shared out. The next window of each source is read while training goes on.
+    ranks but for how it is shared out. The next window of each source is read while training goes on; every rank reads whole windows,
+    `corpus.shuffle_units` units of text, whatever its share of them is.
 
     Args:
         folder, name: of the token cache and of its plan: `TokenCache.path` and `TokenCache.plan.name`.

@@ -24,6 +24,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         library / "stub.py": "pass",
         library / "table.py": "1, " * 2**17,
         library / "latin.py": b"# caf\xe9" * 100,
+        library / "binary.py": b"\x00\x01" * 200,
         library / "__pycache__" / "cached.py": "no" * 200,
         packages / "one" / "more.py": "y = 2\n" * 100,
         packages / "one" / "README.md": "# One\n" * 100,
@@ -45,8 +46,10 @@ def texts(path: Path) -> list[str]:
 def test_what_is_collected(installed: Path) -> None:
     folder = installed / "text"
     counts = write_local_text(folder, megabytes=1, tasks_megabytes=0.01)
-    assert sorted(texts(folder / "code.jsonl")) == ["x = 1\n" * 100, "y = 2\n" * 100], "each once, no stubs, tables or other encodings"
-    assert sorted(texts(folder / "documents.jsonl")) == ["# One\n" * 100, "What one is. " * 50]
+    assert sorted(texts(folder / "code.jsonl")) == ["x = 1\n" * 99 + "x = 1", "y = 2\n" * 99 + "y = 2"], (
+        "each once, no stubs, tables or other encodings"
+    )
+    assert sorted(texts(folder / "documents.jsonl")) == ["# One\n" * 99 + "# One", "What one is. " * 49 + "What one is."]
     asked = texts(folder / "tasks.jsonl")
     assert counts == {"code.jsonl": 2, "documents.jsonl": 2, "tasks.jsonl": len(asked)} and len(asked) > 20
     assert len(set(asked)) > 20 and sum(map(len, asked)) <= 0.01 * 2**20
