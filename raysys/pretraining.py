@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raysys import errors
 from raysys.assembly import Hardware
 from raysys.checks import found_here, local_or_id, vocabulary_of
 from raysys.config.pretraining import LocalTextConfig, PretrainMoeConfig
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("raysys")
 
-ROUTERS, COLLAPSED = "routers.jsonl", "collapsed.json"
+ROUTERS, FAILURE = "routers.jsonl", "failure.jsonl"
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,21 @@ def _fit(work: Work, config: PretrainMoeConfig, hardware: Hardware) -> None:
             worker_runtime_env={"env_vars": environment},
         ),
     )
-    (work.folder / "ledger" / COLLAPSED).unlink(missing_ok=True)
+    failure = work.folder / "ledger" / FAILURE
+    failure.unlink(missing_ok=True)
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise _cause(error) from error
-    for _, record in read_json_lines(work.folder / "ledger" / COLLAPSED):
-        raise NumericsError(*record["told"])
+        raise _told(failure) or _cause(error) from error
+    if found := _told(failure):
+        raise found
+
+
+def _told(failure: Path) -> RaysysError | None:
+    """What a worker wrote down of an error that starting again would only repeat."""
+    for _, record in read_json_lines(failure):
+        return getattr(errors, record["kind"])(record["message"], record["remedy"])
+    return None
 
 
 def _cause(error: Any) -> RaysysError:
@@ -180,16 +189,21 @@ def _work(settings: dict[str, Any]) -> None:
     context = train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    failure = work.folder / "ledger" / FAILURE
+    if failure.is_file():  # another worker's, of the attempt before
+        return
     pretrainer = Pretrainer(work.spec)
-    _resume(pretrainer, work)
-    with ExitStack() as stack:
-        try:
+    try:
+        _resume(pretrainer, work)
+        with ExitStack() as stack:
             _train(pretrainer, work, stack)
-        except NumericsError as error:  # all ranks raise it together, and starting again would only repeat it
-            if rank == 0:
-                append_json(work.folder / "ledger" / COLLAPSED, {"told": [error.message, error.remedy]})
-            return
-    _export(pretrainer, work)
+        _export(pretrainer, work)
+    except InfrastructureError:
+        raise
+    except RaysysError as error:  # the same again, however often it is tried
+        append_json(failure, {"kind": type(error).__name__, "message": error.message, "remedy": error.remedy})
+        if not isinstance(error, NumericsError):  # which all ranks have at once; of another one the others know nothing
+            raise
 
 
 def _resume(pretrainer: Pretrainer, work: Work) -> None:

@@ -56,7 +56,7 @@ class Account:
 
     @classmethod
     def new(cls, max_bad_share: float = 1.0) -> Account:
-        return cls(BadRows(max_bad_share, key="corpus.max_bad_share"))
+        return cls(BadRows(max_bad_share, key="data.max_bad_share"))
 
     def text(self, raw: bytes | str | BadRow, where: str, min_characters: int, last: bool = True) -> str | None:
         """The cleaned document, None where there is none to keep."""

@@ -108,7 +108,7 @@ def plan_units(source: Source, label: str, unit_bytes: int, longest_row: int) ->
         ConfigError: nothing there, nothing that can be read as text, only empty files, or a file system out of reach.
         DataError: a damaged Parquet file, or one without the column.
     """
-    key = f"corpus.sources.{label}.path"
+    key = f"data.sources.{label}.path"
     system, base, wildcard = locate(source.path, key)
     found = sorted(listed(system, base, wildcard, source.path, key), key=lambda info: info.path)
     in_folder = wildcard is None and not (len(found) == 1 and found[0].path == base)
@@ -160,7 +160,7 @@ def _row_pieces(
     kind = schema.field(column).type if column in schema.names else None
     if kind is None or not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)):
         held = ", ".join(schema.names) if kind is None else f"one of type {kind}"
-        raise DataError(f"{name} has no text column `{column}`, only {held}", f"set corpus.sources.{label}.column")
+        raise DataError(f"{name} has no text column `{column}`, only {held}", f"set data.sources.{label}.column")
     place = metadata.schema.names.index(column) if column in metadata.schema.names else 0
     for group in range(metadata.num_row_groups):
         rows, text = metadata.row_group(group).num_rows, metadata.row_group(group).column(place).total_uncompressed_size
@@ -213,7 +213,7 @@ def _lines(unit: Unit, piece: Piece) -> Iterator[Document]:
                 return
             where = f"{piece.name} at byte {at}"
             if len(line) > unit.longest_row and not line.endswith(b"\n"):
-                yield Document(where, BadRow(f"too long: a row of more than {unit.longest_row} bytes, four times corpus.unit_bytes"))
+                yield Document(where, BadRow(f"too long: a row of more than {unit.longest_row} bytes, four times data.unit_bytes"))
                 at = _next_line(reader, at + len(line), piece.stop)
                 continue
             if line.strip():
@@ -265,7 +265,7 @@ def _value(value: Any, unit: Unit) -> bytes | BadRow:
         return BadRow(f"no text in `{unit.column}`")
     size = value.as_buffer().size
     if size > unit.longest_row:
-        return BadRow(f"too long: a row of more than {unit.longest_row} bytes, four times corpus.unit_bytes")
+        return BadRow(f"too long: a row of more than {unit.longest_row} bytes, four times data.unit_bytes")
     return value.as_py()
 
 

@@ -35,9 +35,9 @@ class Folder:
     @classmethod
     def at(cls, path: str) -> Folder:
         """Raises ConfigError: a file system that cannot be reached."""
-        system, base, wildcard = locate(path, "corpus.cache")
+        system, base, wildcard = locate(path, "data.cache")
         if wildcard is not None:
-            raise ConfigError(f"corpus.cache={path} is a glob", "name one folder")
+            raise ConfigError(f"data.cache={path} is a glob", "name one folder")
         return cls(system, base)
 
     def write(self, name: str, data: Any) -> int:
@@ -51,7 +51,7 @@ class Folder:
                     stream.write(data)
         except OSError as error:
             raise InfrastructureError(
-                f"the token cache's {self.base}/{name} could not be written: {first_line(error)}", "make room, or set corpus.cache"
+                f"the token cache's {self.base}/{name} could not be written: {first_line(error)}", "make room, or set data.cache"
             ) from None
         return data.nbytes
 

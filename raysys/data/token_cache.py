@@ -66,7 +66,7 @@ class TokenCache:
 
     Args:
         corpus: what to read and how.
-        folder: of the cache, where `corpus.cache` names none.
+        folder: of the cache, where `data.cache` names none.
         seed: of the run; decides the order of sequences, and with it that in which units are made.
         execute: who makes units; tests do it in their own process.
 
@@ -79,7 +79,7 @@ class TokenCache:
         self.path = corpus.cache or folder or ""
         """What `TokenStream` is to open, together with `plan.name`."""
         if not self.path:
-            raise ConfigError("corpus.cache is not set", "name a folder that all workers see")
+            raise ConfigError("data.cache is not set", "name a folder that all workers see")
         self._folder = Folder.at(self.path)
         self._work = Work.of(corpus, self._folder)
         units = {
@@ -125,10 +125,10 @@ class TokenCache:
         self._thread.join(timeout=seconds)
         self.check()
         if self._thread.is_alive():
-            raise DeadlineError("token cache", "tokenise the corpus", seconds, "corpus.wait, or free CPUs for Ray Data's tasks")
+            raise DeadlineError("token cache", "tokenise the corpus", seconds, "data.wait, or free CPUs for Ray Data's tasks")
 
     def trained(self, samples: int) -> None:
-        """Tells how many sequences training has come to; only `corpus.ahead` needs it."""
+        """Tells how many sequences training has come to; only `data.ahead` needs it."""
         with self._trained:
             self._samples = samples
             self._trained.notify_all()
@@ -186,7 +186,7 @@ class TokenCache:
             self._publish(notes=time.monotonic() - self._noted > _NOTES_SECONDS)
 
     def _wait_for_training(self) -> None:
-        """Until training has come within `corpus.ahead` units of the first sequence that it could not have."""
+        """Until training has come within `data.ahead` units of the first sequence that it could not have."""
         while self._corpus.ahead is not None and self._notes and not self._stopped.is_set():
             rows = sum(note["rows"] for note in self._notes.values()) / len(self._notes)
             with self._trained:
@@ -213,7 +213,7 @@ class TokenCache:
                 left = "; ".join(self.account.lines()[:3])
                 raise DataError(
                     f"source {label} has {tokens} tokens, less than one sequence of {self.plan.sequence}" + (f" ({left})" if left else ""),
-                    f"give corpus.sources.{label} more text, or lower corpus.sequence",
+                    f"give data.sources.{label} more text, or lower data.sequence",
                 )
 
     # -- files

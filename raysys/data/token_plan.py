@@ -222,8 +222,8 @@ def _keep_newest(by_epoch: dict[int, Any]) -> None:
 
 
 _REMEDIES = {
-    "train": "check its files, corpus.min_characters and corpus.held_out_share",
-    "validation": "raise corpus.held_out_share, or ask for fewer sequences",
+    "train": "check its files, data.min_characters and data.held_out_share",
+    "validation": "raise data.held_out_share, or ask for fewer sequences",
 }
 
 

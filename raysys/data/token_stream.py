@@ -38,7 +38,7 @@ class Packed:
 class TokenStream:
     """Sequences by step. The cursor is the step number: any step can be asked for at any time, and is the same for every number of
     ranks but for how it is shared out. The next window of each source is read while training goes on; every rank reads whole windows,
-    `corpus.shuffle_units` units of text, whatever its share of them is.
+    `data.shuffle_units` units of text, whatever its share of them is.
 
     Args:
         folder, name: of the token cache and of its plan: `TokenCache.path` and `TokenCache.plan.name`.
@@ -68,7 +68,7 @@ class TokenStream:
         self._split: Split = split
         text = self._folder.read(plan_file(name))
         if text is None:
-            raise ConfigError(f"{folder} holds no plan {name} on this node", "set corpus.cache to a folder or URI that all workers see")
+            raise ConfigError(f"{folder} holds no plan {name} on this node", "set data.cache to a folder or URI that all workers see")
         self.plan = Plan.from_json(text)
         self._mixture = Mixture(self.plan.weights)
         self._orders = {label: SourceOrder(self.plan, label, split) for label in self.plan.units}
@@ -128,7 +128,7 @@ class TokenStream:
         while (place := self._orders[label].place(number)) is None:
             if not self._refresh():
                 if time.monotonic() > ends:
-                    knob = "corpus.wait, or give corpus.tasks more CPUs"
+                    knob = "data.wait, or give data.tasks more CPUs"
                     raise DeadlineError("token stream", f"wait for more tokens of source {label}", self._deadline, knob)
                 time.sleep(_POLL_SECONDS)
         return place
@@ -156,7 +156,7 @@ class TokenStream:
         try:
             return self._windows[label, epoch, window].result(timeout=self._deadline)
         except TimeoutError:
-            raise DeadlineError("token stream", f"read a shard of source {label}", self._deadline, "corpus.wait") from None
+            raise DeadlineError("token stream", f"read a shard of source {label}", self._deadline, "data.wait") from None
 
     def _begin(self, label: str, epoch: int, window: int) -> None:
         if (label, epoch, window) not in self._windows:

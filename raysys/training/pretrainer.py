@@ -10,6 +10,7 @@ f is counted over all ranks before anything is back-propagated, so the loss is t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from raysys.errors import NumericsError
+from raysys.files import write_json
 from raysys.methods.mpi import alignment, input_matrix, max_violation, row_cosine
 from raysys.models.expert_parallel import ExpertGroup
 from raysys.models.moe import MoeDecoder, counts, next_token_loss, shape_for
@@ -196,6 +198,8 @@ class Pretrainer:
 
     def save(self, folder: Path) -> None:
         """See `raysys.training.checkpoint.save` and `raysys.training.named_checkpoint.save`."""
+        if self.rank == 0:
+            write_json(folder / _LOADS, self._loads.tolist())
         (named_checkpoint if self._by_name else checkpoint).save(self, folder)
 
     def load(self, folder: Path) -> None:
@@ -205,6 +209,7 @@ class Pretrainer:
             CheckpointError: the folder fits neither.
         """
         (named_checkpoint if (folder / named_checkpoint.NAMED).is_dir() else checkpoint).load(self, folder)
+        self._loads = torch.tensor(json.loads((folder / _LOADS).read_text()), dtype=torch.float64)
 
 
 class _Objective(nn.Module):
@@ -235,4 +240,6 @@ def _model(spec: PretrainSpec, group: ExpertGroup | None) -> MoeDecoder:
     return MoeDecoder(shape, recompute, group).initialise(config.seed).to(kind)
 
 
+_LOADS = "loads.json"
+"""What `routers` has counted since its last call."""
 _REMEDY = "lower optimiser.learning_rate or optimiser.clip; the weights are those of the last finite update"

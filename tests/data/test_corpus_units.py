@@ -97,11 +97,11 @@ def test_paths_without_text(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl.gz").write_text("?")
     parquet.write_table(pa.table({"words": ["a"], "text": [[1]]}), tmp_path / "rows.parquet")
     for path, error, message in (
-        ("gone", ConfigError, r"corpus\.sources\.web\.path=.*gone does not exist"),
+        ("gone", ConfigError, r"data\.sources\.web\.path=.*gone does not exist"),
         ("*.csv", ConfigError, "matches no file"),
         ("empty.txt", ConfigError, "is empty"),
         ("*.gz", ConfigError, "compressed files"),
-        ("rows.parquet", DataError, r"no text column `text`, only one of type list.*corpus\.sources\.web\.column"),
+        ("rows.parquet", DataError, r"no text column `text`, only one of type list.*data\.sources\.web\.column"),
     ):
         with pytest.raises(error, match=message):
             units(tmp_path / path)
@@ -136,7 +136,7 @@ def test_rows_that_cannot_be_read_are_counted_and_named(tmp_path: Path) -> None:
         *("invalid JSON", "not UTF-8", "not an object", "no text in `text`", "not valid Unicode", "too long", "binary"),
     }
     assert "rows.jsonl at byte 21: invalid JSON" in account.bad.examples[0]
-    with pytest.raises(DataError, match=r"8 of 11 rows .* corpus\.max_bad_share=0\.5"):
+    with pytest.raises(DataError, match=r"8 of 11 rows .* data\.max_bad_share=0\.5"):
         account.bad.check(complete=True)
     other = Account.new(1.0)
     for _ in range(2):

@@ -143,7 +143,7 @@ def test_documents_that_cannot_be_read_end_the_run_each_time(tmp_path: Path, byt
         file.write(b"\xff\xfe\n" * 10)
     for execute in (here, no_tasks):
         cache = cache_of(tmp_path, bytewise, execute)
-        with pytest.raises(DataError, match=r"10 of 40 rows are unusable, more than corpus\.max_bad_share=0\.01: a\.jsonl at byte"):
+        with pytest.raises(DataError, match=r"10 of 40 rows are unusable, more than data\.max_bad_share=0\.01: a\.jsonl at byte"):
             cache.wait(60)
         with pytest.raises(DataError):
             cache.check()
@@ -157,12 +157,12 @@ def test_documents_that_cannot_be_read_end_the_run_each_time(tmp_path: Path, byt
 def test_too_little_text(tmp_path: Path, bytewise: str) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("few")
-    with pytest.raises(DataError, match=r"source web has 4 tokens, less than one sequence of 16 .*corpus\.sources\.web"):
+    with pytest.raises(DataError, match=r"source web has 4 tokens, less than one sequence of 16 .*data\.sources\.web"):
         cache_of(tmp_path, bytewise, held_out_share=0.0).wait(60)
     (tmp_path / "text" / "a.txt").write_text(" \n")
     with pytest.raises(DataError, match=r"has 0 tokens, .*1 documents were left out: empty"):
         cache_of(tmp_path, bytewise).wait(60)
-    with pytest.raises(ConfigError, match=r"corpus\.cache is not set"):
+    with pytest.raises(ConfigError, match=r"data\.cache is not set"):
         TokenCache(corpus_of(tmp_path, bytewise))
 
 
@@ -210,7 +210,7 @@ def test_no_further_ahead_than_asked_for(tmp_path: Path, bytewise: str) -> None:
         rows += len(stream.take(step))
         cache.trained(rows)
     assert settled() > begun and cache.tokenised < len(cache.plan.units["web"])
-    with pytest.raises(DeadlineError, match=r"corpus\.wait"):
+    with pytest.raises(DeadlineError, match=r"data\.wait"):
         cache.wait(0.1)
     cache.close()
     assert not any(thread.name == "token cache" and thread.is_alive() for thread in threading.enumerate())

@@ -223,7 +223,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InfrastructureError, match=r"k could not be written: .*No space left.*corpus\.cache"):
+    with pytest.raises(InfrastructureError, match=r"k could not be written: .*No space left.*data\.cache"):
         Folder.at(str(tmp_path)).write("k", b"data")
     assert list(tmp_path.iterdir()) == []
 

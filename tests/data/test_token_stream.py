@@ -202,10 +202,10 @@ def test_held_out_sequences_in_a_fixed_order(tmp_path: Path, bytewise: str) -> N
     whole = [ids for ids in held if len(ids) == 16]
     assert taken[0] == plain(opened(cache, batch=6, split="validation").take(0)) and len(held) == total
     assert len(set(whole)) == len(whole) > total / 3
-    with pytest.raises(DataError, match=r"source \w has only \d+ held-out sequences .*corpus\.held_out_share"):
+    with pytest.raises(DataError, match=r"source \w has only \d+ held-out sequences .*data\.held_out_share"):
         one.take(1)
     none = filled(tmp_path / "none", bytewise)
-    with pytest.raises(DataError, match=r"has no text for validation .*corpus\.held_out_share"):
+    with pytest.raises(DataError, match=r"has no text for validation .*data\.held_out_share"):
         opened(none, split="validation").take(0)
 
 
@@ -223,9 +223,7 @@ def test_waits_for_units_and_counts_the_stall(tmp_path: Path, bytewise: str) -> 
     timer.join()
     path.write_text(json.dumps({"counts": {}, "error": None}))
     late = TokenStream(cache.path, cache.plan.name, batch=8, deadline=0.1)
-    with pytest.raises(
-        DeadlineError, match=r"token stream did not finish 'wait for more tokens of source \w' within 0\.1 s .*corpus\.wait"
-    ):
+    with pytest.raises(DeadlineError, match=r"token stream did not finish 'wait for more tokens of source \w' within 0\.1 s .*data\.wait"):
         late.take(0)
     path.write_text(json.dumps({"counts": {}, "error": {"data": True, "message": "the web is full", "remedy": "empty it"}}))
     with pytest.raises(DataError, match=r"the web is full \(empty it\)"):
@@ -247,7 +245,7 @@ def test_the_next_window_is_read_in_the_meantime(cache: TokenCache) -> None:
 
 
 def test_a_cache_that_this_node_does_not_see(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no plan x on this node .*corpus\.cache"):
+    with pytest.raises(ConfigError, match=r"holds no plan x on this node .*data\.cache"):
         TokenStream(str(tmp_path), "x", batch=1)
     with pytest.raises(ValueError, match="rank=2, world=2"):
         TokenStream(str(tmp_path), "x", batch=1, rank=2, world=2)
