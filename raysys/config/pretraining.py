@@ -145,7 +145,7 @@ class PretrainMoeConfig(Run):
     """Qwen3-MoE folder to go on from instead of fresh weights; `model` is then read from it. Its router rows become the parameter."""
     router: Router = Router()
     data: Corpus
-    steps: PositiveInt = placed(1000)
+    steps: PositiveInt = placed(10_000)
     batch: PositiveInt = 512
     """Sequences a step."""
     accumulation: PositiveInt = 1

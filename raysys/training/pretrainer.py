@@ -199,6 +199,7 @@ class Pretrainer:
     def save(self, folder: Path) -> None:
         """See `raysys.training.checkpoint.save` and `raysys.training.named_checkpoint.save`."""
         if self.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / _LOADS, self._loads.tolist())
         (named_checkpoint if self._by_name else checkpoint).save(self, folder)
 

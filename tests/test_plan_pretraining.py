@@ -1,0 +1,99 @@
+"""Plans of pretraining: the paper's counts, memory by hand, layouts, and one real step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysys import cli
+from raysys.config.pretraining import PretrainMoeConfig
+from raysys.plan import GIB, Device
+from raysys.plan_pretraining import choose_layout, counted, layout, render
+from raysys.plan_trial import try_step
+
+CONFIGS = Path(__file__).resolve().parent.parent / "jobs" / "configs" / "pretrain_moe"
+H100 = Device("gpu", 80 * GIB)
+
+
+def paper(size: str, *overrides: str) -> PretrainMoeConfig:
+    return PretrainMoeConfig.load(CONFIGS / f"{size}.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("size", "dense", "sparse", "activated", "total"),
+    [
+        ("1b", "296M", "806M", "397M", "1.10B"),
+        # The paper prints 823M here too, which are the 11B's: a router of 64 rows has 4 M fewer parameters than one of 256.
+        ("3b", "479M", "2.72B", "820M", "3.20B"),
+        ("11b", "479M", "10.88B", "823M", "11.36B"),
+    ],
+)
+def test_counts_are_the_papers(size: str, dense: str, sparse: str, activated: str, total: str) -> None:
+    def shown(number: int) -> str:
+        return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.0f}M"
+
+    found = counted(paper(size))
+    assert [shown(number) for number in (found.dense, found.sparse, found.activated, found.total)] == [dense, sparse, activated, total]
+
+
+def test_memory_follows_the_table() -> None:
+    config = paper("1b")
+    found = counted(config)
+    router = 8 * 64 * 1024
+    dense, sparse = found.dense + found.query_key_norms + router, found.sparse - router
+    shared = layout(config, 16, 2, 8, 1, H100).parts
+    assert shared["weights"] == pytest.approx(2 * (dense + sparse / 8))
+    assert shared["gradients"] == pytest.approx(2 * (dense + sparse) / 16)
+    assert shared["optimiser"] == pytest.approx(12 * (dense + sparse) / 16)
+    pieces = layout(config, 16, 3, 1, 1, H100).parts
+    assert pieces["weights"] == pytest.approx(2 * (dense + sparse) / 16) and pieces["gathered"] > 0
+    single = layout(config, 1, 0, 1, 1, Device("cpu", 24 * GIB)).parts
+    assert single["optimiser"] == pytest.approx(12 * (dense + sparse)), "the config says bfloat16"
+
+
+def test_the_plainest_layout_that_fits_is_chosen() -> None:
+    config = paper("11b")
+    assert (choose_layout(config, 64, H100).zero_stage, choose_layout(config, 64, H100).expert_parallel) == (1, 1)
+    small = choose_layout(config, 64, Device("gpu", 30 * GIB))
+    assert small.total <= 30 * GIB and small.expert_parallel > 1
+    more = choose_layout(config, 8, H100)
+    assert more.passes > config.accumulation and more.total <= 80 * GIB
+    assert choose_layout(config, 8, Device("gpu", 4 * GIB)).total > 4 * GIB
+    text, fits = render(config, Device("gpu", 4 * GIB))
+    assert not fits and "DOES NOT FIT in 4.0 GiB" in text
+
+
+def test_a_flat_router_is_warned_of() -> None:
+    assert "flattens the softmax" in render(paper("11b", "router.scale=1"), H100)[0]
+    assert "flattens" not in render(paper("11b"), H100)[0]
+    assert not paper("11b", "router.scale=1", "router.mpi=false").flat_router()
+
+
+def tiny(**more: Any) -> PretrainMoeConfig:
+    return PretrainMoeConfig.model_validate(
+        {
+            "model": {"vocabulary": 300, "width": 32, "layers": 3, "heads": 2, "kv_heads": 1, "experts": 8, "top_k": 2, "expert_width": 16},
+            "data": {"sources": {"all": {"path": "x"}}, "tokenizer": "none", "sequence": 64},
+            "batch": 8,
+            "device": "cpu",
+        }
+        | more
+    )
+
+
+def test_a_real_step_says_what_it_cut() -> None:
+    whole = try_step(tiny())
+    assert whole.layers == whole.asked == 3 and 4.5 < whole.loss < 7 and whole.grad_norm > 0 and "all 3 layers" in whole.line()
+    per_layer = 3 * 8 * 32 * 16 * 8
+    cut = try_step(tiny(), free=(2 * 300 * 32 * 8 + 1.9 * per_layer) / 0.6, tokens=16)
+    assert cut.layers == 1 and "1 of 3 layers, more do not fit" in cut.line()
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny().to_yaml())
+    assert cli.main(["plan", str(path), "--try", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "parameters: dense" in out and "tried: all 3 layers" in out
