@@ -18,10 +18,11 @@ float64 stays float64, lower precisions compute and return float32.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from raysys.methods.tensors import compute_dtype
 
@@ -72,9 +73,32 @@ def powered(router: Tensor, expert_gate: Tensor, iterations: int = 1, detach_exp
         matrix = (expert_gate.detach() if detach_expert else expert_gate).to(dtype)
         rows = size(router.to(dtype))
         for _ in range(iterations):
-            inner = size(torch.bmm(matrix, rows.unsqueeze(-1)).squeeze(-1))
-            rows = size(torch.bmm(inner.unsqueeze(1), matrix).squeeze(1))
+            rows = size(_PowerStep.apply(rows, matrix, sized))
     return rows
+
+
+class _PowerStep(torch.autograd.Function):
+    """r_i W_i^T W_i, over a constant if `sized`. The experts' gradient, as large as all of them, is one product of rank 2 and not a sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrix: Tensor, sized: bool) -> Tensor:
+        inner = torch.bmm(matrix, rows.unsqueeze(-1)).squeeze(-1)
+        size = _largest(inner) if sized else torch.ones_like(inner[:, :1])
+        inner = inner / size
+        ctx.save_for_backward(rows, matrix, inner, size)
+        return torch.bmm(inner.unsqueeze(1), matrix).squeeze(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        rows, matrix, inner, size = ctx.saved_tensors
+        (grad,) = grads
+        back = torch.bmm(matrix, grad.unsqueeze(-1)).squeeze(-1) / size
+        to_rows = torch.bmm(back.unsqueeze(1), matrix).squeeze(1) if ctx.needs_input_grad[0] else None
+        to_matrix = None
+        if ctx.needs_input_grad[1]:
+            to_matrix = torch.bmm(torch.stack([inner, back], dim=2), torch.stack([grad, rows], dim=1))
+        return to_rows, to_matrix, None
 
 
 def input_matrix(which: Matrix, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -157,8 +181,13 @@ def max_violation(load: Tensor) -> Tensor:
 
 def _unit_size(rows: Tensor) -> Tensor:
     """Rows [..., D] divided by their largest entry, taken as a constant; rows of zeros stay."""
-    largest = rows.detach().abs().amax(dim=-1, keepdim=True)
-    return rows / largest.where(largest > 0, 1.0)
+    return rows / _largest(rows.detach())
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """[..., 1], the largest size of an entry, 1 for rows of zeros."""
+    largest = rows.abs().amax(dim=-1, keepdim=True)
+    return largest.where(largest > 0, 1.0)
 
 
 def _check_router(router: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What MPI adds to a step: forward and backward of decoder layers at the 1B model's shapes, plain router against MPI, by turns in one process.
+"""What MPI adds to a step: forward and backward of decoder layers at the 1B model's shapes, plain router against MPI, by turns.
 
 Embedding and head are small here, as they are the same on both sides: the share that MPI adds to a whole model's step is smaller still.
 A round's ratio compares neighbours in time; the table shows the median of these, and the smallest and the largest.
