@@ -37,14 +37,18 @@ class MovingModel:
             for parameter in self.model.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Tensors by their Hugging Face names."""
+        return self.model.state_dict()
+
     def bucket_plan(self, max_bytes: int) -> tuple[dict[str, tuple[tuple[int, ...], str]], int]:
-        state = self.model.state_dict()
+        state = self.state()
         names = list(state)
         self.names = [names[start : start + 5] for start in range(0, len(names), 5)]
         return {name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in state.items()}, len(self.names)
 
     def bucket(self, index: int) -> Bucket:
-        state = self.model.state_dict()
+        state = self.state()
         names = self.names[index]
         pieces = [state[name].contiguous().flatten().view(torch.uint8).numpy() for name in names]
         offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
