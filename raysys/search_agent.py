@@ -163,7 +163,8 @@ def own_search(config: SearchAgentConfig) -> Iterator[Searcher | None]:
     from raysys.retrieval.deployment import start_actor
     from raysys.retrieval.search import IndexSettings
 
-    settings = IndexSettings(corpus=config.search.corpus, topk=config.search.topk, candidates=config.search.candidates)
+    corpus = str(Path(config.search.corpus).absolute())  # an actor's working directory is another one
+    settings = IndexSettings(corpus=corpus, topk=config.search.topk, candidates=config.search.candidates)
     search = start_actor(settings, num_cpus=1, max_restarts=-1, max_task_retries=-1)
     try:
         asyncio.run(search.wait_healthy(config.deadlines.start))

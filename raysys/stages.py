@@ -183,8 +183,12 @@ def stop_on_signals() -> None:
 
 
 @contextmanager
-def a_ray(home: Path) -> Iterator[dict[str, str]]:
-    """The environment of the Ray that `RAY_ADDRESS` names, else of the head of `home`, started for the time of the block if need be."""
+def a_ray(home: Path, runs: int = 1) -> Iterator[dict[str, str]]:
+    """The environment of the Ray that `RAY_ADDRESS` names, else of the head of `home`, started for the time of the block if need be.
+
+    Args:
+        runs: at once. A head that is started has logical CPUs for each: without, all wait for one that nobody gives back.
+    """
     from raysys import head
 
     if os.environ.get("RAY_ADDRESS"):
@@ -192,7 +196,7 @@ def a_ray(home: Path) -> Iterator[dict[str, str]]:
         return
     with head.locked(home):
         found = head.running(home)
-        mine = found or head.start(home)
+        mine = found or head.start(home, cpus=runs * max(8, os.cpu_count() or 1))
     try:
         yield mine.environment()
     finally:

@@ -48,7 +48,7 @@ def run(job: str, kind: type[Kind], options: argparse.Namespace, studies: Mappin
         return 0
     stages.stop_on_signals()
     try:
-        with stages.a_ray(submit.home_folder()) as env:
+        with stages.a_ray(submit.home_folder(), options.concurrent or 1) as env:
             return _execute(plan, env, options.concurrent or 1)
     except stages.Stopped as stopped:
         print("stopped; the same command goes on where it was", file=sys.stderr, flush=True)
