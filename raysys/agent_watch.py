@@ -130,13 +130,19 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def seen(records: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """What the alarm looks at: of the share of bad texts its mean over `LATELY` steps, once that has been low: a model that never could
-    write has not collapsed, and a step's share of few episodes is mostly chance."""
-    names = {"f1": "reward", "entropy": "entropy"}
+    """What the alarm looks at: means over `LATELY` steps, for a step's few episodes are mostly chance. Of entropy, of which the first is
+    the measure, none before there are so many; of the share of bad texts once that has been low: a model that never could write has not
+    collapsed."""
     found: list[dict[str, float]] = []
     shares: list[float] = []
+    entropies: list[float] = []
     for record in records:
-        one = {name: float(record[key]) for name, key in names.items() if record.get(key) is not None}
+        one = {"f1": float(record["reward"])} if record.get("reward") is not None else {}
+        entropy = record.get("entropy")
+        if entropy is not None:
+            entropies.append(float(entropy))
+            if len(entropies) >= LATELY or not np.isfinite(entropies[-1]):
+                one["entropy"] = float(np.mean(entropies[-LATELY:]))
         share = record.get("high_ppl")
         if share is not None and (shares or share <= WELL):
             shares.append(float(share))

@@ -65,6 +65,19 @@ def test_a_model_that_never_could_write_has_not_collapsed() -> None:
     assert [one.get("high_ppl") for one in seen([{"high_ppl": 0.9}, {"high_ppl": 0.05}, {"high_ppl": 0.15}])] == [None, 0.05, 0.1]
 
 
+def test_entropy_that_only_scatters_is_no_collapse_and_one_that_rises_is() -> None:
+    """A step of few episodes may well have half as much again as the first; the mean over some steps may not."""
+    scattered = [0.2 + 0.15 * (number % 3 == 2) for number in range(40)]
+    for values, told in ((scattered, None), ([0.2] * 20 + [0.45] * 10, "entropy is 0.35 at step 23, above 1.5 times the first, 0.2")):
+        watched = Watched(CalibAdvObjective(), Kept())
+        try:
+            for number, entropy in enumerate(values):
+                watched.write({"step": number, "reward": 0.5, "entropy": entropy})
+            assert told is None
+        except NumericsError as error:
+            assert told is not None and told in str(error)
+
+
 def test_advantages_go_through() -> None:
     kept = Kept()
     watched = Watched(CalibAdvObjective(), kept)
