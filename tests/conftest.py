@@ -47,6 +47,7 @@ def _group(item: pytest.Item) -> str:
     return next((name for name, places in _GROUPS.items() if place.startswith(places)), place)
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
