@@ -32,25 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     }
 
 
-_GROUPS = {
-    "cluster": ("e2e", "chaos", "cluster", "generation", "rollout", "studies", "weights"),
-    "ranks": ("training", "models/test_expert_parallel.py"),
-}
-"""Tests that stay together in one process, in order, when there are several: Rays and engines, which want the machine; and trainer ranks,
-whose imports are paid once. Others stay together by file."""
-
-
-def _group(item: pytest.Item) -> str:
-    if "ray_head" in getattr(item, "fixturenames", ()):
-        return "cluster"
-    place = item.path.relative_to(Path(__file__).parent).as_posix()
-    return next((name for name, places in _GROUPS.items() if place.startswith(places)), place)
-
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of the same name
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
     if any("gpu" in item.keywords for item in items) and not _has_gpu():
         for item in items:
             if "gpu" in item.keywords:

@@ -11,5 +11,4 @@ if [ "${1:-}" = chaos ]; then
 fi
 "$bin/ruff" check raysys jobs tests
 PYRIGHT_PYTHON_IGNORE_WARNINGS=1 "$bin/pyright"
-# Two processes: what starts Rays and engines stays in one of them, in order (tests/conftest.py).
-exec "$bin/python" -m pytest -q -n 2 --dist loadgroup "$@"
+exec "$bin/python" -m pytest -q "$@"
