@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("raysys")
 
 ROUTERS, FAILURE = "routers.jsonl", "failure.jsonl"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's record of a run's checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,23 @@ def _fit(work: Work, config: PretrainMoeConfig, hardware: Hardware) -> None:
     )
     failure = work.folder / "ledger" / FAILURE
     failure.unlink(missing_ok=True)
+    _begin_anew(work.folder)
     try:
         trainer.fit()
     except TrainingFailedError as error:
         raise _told(failure) or _cause(error) from error
     if found := _told(failure):
         raise found
+
+
+def _begin_anew(folder: Path) -> None:
+    """Leaves of earlier attempts the newest complete resume point alone. Where to go on is read from the folders: Ray Train's own record
+    may miss the newest, and with one that is gone it would not start."""
+    newest = newest_point(folder)
+    for path in (folder / "checkpoints").glob("step_*"):
+        if path != newest:
+            shutil.rmtree(path, ignore_errors=True)
+    (folder / "checkpoints" / SNAPSHOT).unlink(missing_ok=True)
 
 
 def _told(failure: Path) -> RaysysError | None:
