@@ -10,60 +10,35 @@ import contextlib
 import itertools
 import json
 import logging
-import math
-import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from raysys import errors
 from raysys.assembly import Hardware
 from raysys.checks import found_here, local_or_id, vocabulary_of
 from raysys.config.pretraining import LocalTextConfig, PretrainMoeConfig
-from raysys.data.shards import Split
-from raysys.data.text import load_tokenizer
 from raysys.data.token_cache import TokenCache
 from raysys.data.token_plan import check_same
-from raysys.data.token_stream import Packed, TokenStream
-from raysys.errors import InfrastructureError, NumericsError, RaysysError
-from raysys.files import append_json, read_json_lines, write_atomically, write_json
-from raysys.ledger import MANIFEST, PER_STEP_FILES, cut_lines, newest_point
+from raysys.errors import InfrastructureError, RaysysError
+from raysys.files import read_json_lines, write_atomically, write_json
+from raysys.ledger import newest_point
+from raysys.pretraining_work import FAILURE, Work, work
 from raysys.report.live import Live
-from raysys.report.metrics import MetricsWriter
 from raysys.report.progress import Progress
-from raysys.runtime import Stopwatch, compute_environment, first_cause, waits
-from raysys.training.pretrain_spec import PretrainSpec, Sequences
+from raysys.runtime import compute_environment, first_cause, waits
+from raysys.training.pretrain_spec import PretrainSpec
 
 if TYPE_CHECKING:
     from raysys.job import Session
-    from raysys.training.pretrainer import Pretrainer
 
 log = logging.getLogger("raysys")
 
-ROUTERS, FAILURE = "routers.jsonl", "failure.jsonl"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's record of a run's checkpoints."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a worker of Ray Train is told."""
-
-    spec: PretrainSpec
-    folder: Path
-    job: str
-    tokenizer: str
-    cache: str
-    """Folder or URI of the tokens."""
-    plan: str
-    """Their order; see `raysys.data.token_stream.TokenStream`."""
 
 
 def run_pretrain_moe(config: PretrainMoeConfig, session: Session) -> None:
@@ -119,7 +94,7 @@ def _same_data(session: Session, cache: TokenCache) -> None:
     write_json(path, dict(cache.plan.facts))
 
 
-def _fit(work: Work, config: PretrainMoeConfig, hardware: Hardware) -> None:
+def _fit(task: Work, config: PretrainMoeConfig, hardware: Hardware) -> None:
     """Ray Train until the run is at its end. Raises what ended it."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -132,8 +107,8 @@ def _fit(work: Work, config: PretrainMoeConfig, hardware: Hardware) -> None:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     }
     trainer = TorchTrainer(
-        _work,
-        train_loop_config={"work": work},
+        work,
+        train_loop_config={"work": task},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=ranks[0] if ranks[0] == ranks[1] else ranks,
@@ -143,15 +118,15 @@ def _fit(work: Work, config: PretrainMoeConfig, hardware: Hardware) -> None:
         ),
         run_config=RunConfig(
             name="checkpoints",
-            storage_path=str(work.folder),
+            storage_path=str(task.folder),
             failure_config=FailureConfig(max_failures=config.trainer.restarts, controller_failure_limit=0),
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             worker_runtime_env={"env_vars": environment},
         ),
     )
-    failure = work.folder / "ledger" / FAILURE
+    failure = task.folder / "ledger" / FAILURE
     failure.unlink(missing_ok=True)
-    _begin_anew(work.folder)
+    _begin_anew(task.folder)
     try:
         trainer.fit()
     except TrainingFailedError as error:
@@ -187,162 +162,6 @@ def _cause(error: Any) -> RaysysError:
     for rank, failure in sorted(failures.items()):
         return first_cause(failure, f"trainer rank {rank}", "train")
     return InfrastructureError(f"Ray Train gave up: {str(error).strip().splitlines()[-1][:300]}", "see trainer.restarts and trainer.ranks")
-
-
-# -- in a worker
-
-
-def _work(settings: dict[str, Any]) -> None:
-    """What Ray Train runs on each worker."""
-    from ray import train
-
-    from raysys.training.pretrainer import Pretrainer
-
-    work: Work = settings["work"]
-    context = train.get_context()
-    rank, ranks = context.get_world_rank(), context.get_world_size()
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    failure = work.folder / "ledger" / FAILURE
-    if failure.is_file():  # another worker's, of the attempt before
-        return
-    pretrainer = Pretrainer(work.spec)
-    try:
-        _resume(pretrainer, work)
-        with ExitStack() as stack:
-            _train(pretrainer, work, stack)
-        _export(pretrainer, work)
-    except InfrastructureError:
-        raise
-    except RaysysError as error:  # the same again, however often it is tried
-        append_json(failure, {"kind": type(error).__name__, "message": error.message, "remedy": error.remedy})
-        if not isinstance(error, NumericsError):  # which all ranks have at once; of another one the others know nothing
-            raise
-
-
-def _resume(pretrainer: Pretrainer, work: Work) -> None:
-    """Back to the newest complete resume point; what is recorded of later steps goes."""
-    from torch import distributed
-
-    point = newest_point(work.folder)
-    distributed.barrier()  # nobody removes what another has yet to look at
-    if pretrainer.rank == 0:
-        for path in (work.folder / "checkpoints").glob("step_*"):
-            if point is None or path.name > point.name:
-                shutil.rmtree(path, ignore_errors=True)
-    if point is not None:
-        pretrainer.load(point / "trainer")
-    if pretrainer.rank == 0:
-        for name in (*PER_STEP_FILES, ROUTERS):
-            cut_lines(work.folder / name, pretrainer.step_index)
-
-
-def _train(pretrainer: Pretrainer, work: Work, stack: ExitStack) -> None:
-    """The steps that are left, with resume points between them."""
-    config, watch = work.spec.config, Stopwatch()
-    stream = stack.enter_context(contextlib.closing(_stream(pretrainer, work)))
-    writer = stack.enter_context(MetricsWriter(work.folder, work.job, work.folder.name)) if pretrainer.rank == 0 else None
-    for step in range(pretrainer.step_index, config.steps):
-        with watch("data"):
-            passes = [joined(stream.take(step * config.accumulation + number)) for number in range(config.accumulation)]
-        with watch("train"):
-            metrics: dict[str, Any] = pretrainer.step(passes)
-        done = step + 1
-        if done % config.watch_every == 0 or done == config.steps:
-            with watch("watch"):
-                metrics |= _watch(pretrainer, work, step)
-        if config.validation and (done == config.steps or (config.validation.every and done % config.validation.every == 0)):
-            with watch("validate"):
-                metrics["validation_loss"] = _validate(pretrainer, work)
-        if done % config.checkpoint_every == 0 or done == config.steps:
-            with watch("checkpoint"):
-                _checkpoint(pretrainer, metrics)
-        if writer is not None:
-            writer.write(_record(step, metrics, watch.lap(), stream, pretrainer))
-
-
-def _record(step: int, metrics: dict[str, Any], seconds: dict[str, float], stream: TokenStream, pretrainer: Pretrainer) -> dict[str, Any]:
-    record = {"step": step, "version": step + 1} | metrics | {f"epoch/{label}": epoch for label, epoch in stream.epochs.items()}
-    record["tokens_per_second"] = rate = metrics["tokens"] / seconds["total"]
-    if peak := pretrainer.spec.config.trainer.peak_tflops:
-        record["mfu"] = rate * 6 * pretrainer.activated / (peak * 1e12 * pretrainer.world)
-    return record | {"seconds": seconds}
-
-
-def _watch(pretrainer: Pretrainer, work: Work, step: int) -> dict[str, float]:
-    """The routers in full to a file of their own; of each measure the mean over layers."""
-    found = pretrainer.routers()
-    if pretrainer.rank == 0:
-        append_json(work.folder / ROUTERS, {"step": step} | found)
-    return {name: sum(found[name]) / len(found[name]) for name in ("alignment", "row_cosine", "max_violation_global")}
-
-
-def _stream(pretrainer: Pretrainer, work: Work, split: Split = "train") -> TokenStream:
-    config = work.spec.config
-    return TokenStream(
-        work.cache,
-        work.plan,
-        batch=config.batch // config.accumulation,
-        rank=pretrainer.rank,
-        world=pretrainer.world,
-        split=split,
-        deadline=config.data.wait,
-    )
-
-
-def joined(rows: list[Packed]) -> Sequences:
-    """Rows one behind another, their pieces of documents still apart."""
-    if not rows:
-        return Sequences.none()
-    return Sequences(np.concatenate([row.ids for row in rows]), np.concatenate([row.lengths for row in rows]))
-
-
-def _validate(pretrainer: Pretrainer, work: Work) -> float:
-    config = work.spec.config
-    assert config.validation is not None
-    with contextlib.closing(_stream(pretrainer, work, "validation")) as stream:
-        passes = -(-config.validation.sequences // (config.batch // config.accumulation))
-        return pretrainer.validate([joined(stream.take(number)) for number in range(passes)])
-
-
-def _checkpoint(pretrainer: Pretrainer, metrics: dict[str, Any]) -> None:
-    """Written here, and carried to the run's folder while training goes on."""
-    from ray import train
-    from ray.train import Checkpoint, CheckpointUploadMode
-    from torch import distributed
-
-    folder, step = Path(tempfile.mkdtemp(prefix="raysys-checkpoint-")), pretrainer.step_index
-    pretrainer.save(folder / "trainer")
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    everyone: list[Any] = [files] * pretrainer.world
-    distributed.all_gather_object(everyone, files)
-    if pretrainer.rank == 0:
-        whole = {name: size for part in everyone for name, size in part.items()}
-        write_json(folder / "source.json", {"step": step})
-        write_json(folder / MANIFEST, {"step": step, "version": step, "files": whole})
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float)) and math.isfinite(value)}
-    train.report(
-        numbers | {"step": step},
-        checkpoint=Checkpoint.from_directory(str(folder)),
-        checkpoint_dir_name=f"step_{step:08d}",
-        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=True,
-    )
-
-
-def _export(pretrainer: Pretrainer, work: Work) -> None:
-    """The stock folder, complete or not at all."""
-    from torch import distributed
-
-    final = work.folder / "export"
-    draft = final.with_name(".draft_export")
-    first = pretrainer.rank == 0
-    if first:
-        shutil.rmtree(draft, ignore_errors=True)
-    pretrainer.export(draft, load_tokenizer(work.tokenizer) if first else None)
-    if first:
-        shutil.rmtree(final, ignore_errors=True)
-        draft.rename(final)
-    distributed.barrier()
 
 
 # -- in the driver

@@ -1,0 +1,197 @@
+"""What a worker of Ray Train does in a pretraining run: a DeepSpeed rank over its share of the token stream. See `raysys.pretraining`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raysys.data.shards import Split
+from raysys.data.text import load_tokenizer
+from raysys.data.token_stream import Packed, TokenStream
+from raysys.errors import InfrastructureError, NumericsError, RaysysError
+from raysys.files import append_json, write_json
+from raysys.ledger import MANIFEST, PER_STEP_FILES, cut_lines, newest_point
+from raysys.report.metrics import MetricsWriter
+from raysys.runtime import Stopwatch
+from raysys.training.pretrain_spec import PretrainSpec, Sequences
+
+if TYPE_CHECKING:
+    from raysys.training.pretrainer import Pretrainer
+
+ROUTERS, FAILURE = "routers.jsonl", "failure.jsonl"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a worker of Ray Train is told."""
+
+    spec: PretrainSpec
+    folder: Path
+    job: str
+    tokenizer: str
+    cache: str
+    """Folder or URI of the tokens."""
+    plan: str
+    """Their order; see `raysys.data.token_stream.TokenStream`."""
+
+
+def work(settings: dict[str, Any]) -> None:
+    """What Ray Train runs on each worker."""
+    from ray import train
+
+    from raysys.training.pretrainer import Pretrainer
+
+    task: Work = settings["work"]
+    context = train.get_context()
+    rank, ranks = context.get_world_rank(), context.get_world_size()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    failure = task.folder / "ledger" / FAILURE
+    if failure.is_file():  # another worker's, of the attempt before
+        return
+    pretrainer = Pretrainer(task.spec)
+    try:
+        _resume(pretrainer, task)
+        with ExitStack() as stack:
+            _train(pretrainer, task, stack)
+        _export(pretrainer, task)
+    except InfrastructureError:
+        raise
+    except RaysysError as error:  # the same again, however often it is tried
+        append_json(failure, {"kind": type(error).__name__, "message": error.message, "remedy": error.remedy})
+        if not isinstance(error, NumericsError):  # which all ranks have at once; of another one the others know nothing
+            raise
+
+
+def _resume(pretrainer: Pretrainer, work: Work) -> None:
+    """Back to the newest complete resume point; what is recorded of later steps goes."""
+    from torch import distributed
+
+    point = newest_point(work.folder)
+    distributed.barrier()  # nobody removes what another has yet to look at
+    if pretrainer.rank == 0:
+        for path in (work.folder / "checkpoints").glob("step_*"):
+            if point is None or path.name > point.name:
+                shutil.rmtree(path, ignore_errors=True)
+    if point is not None:
+        pretrainer.load(point / "trainer")
+    if pretrainer.rank == 0:
+        for name in (*PER_STEP_FILES, ROUTERS):
+            cut_lines(work.folder / name, pretrainer.step_index)
+
+
+def _train(pretrainer: Pretrainer, work: Work, stack: ExitStack) -> None:
+    """The steps that are left, with resume points between them."""
+    config, watch = work.spec.config, Stopwatch()
+    stream = stack.enter_context(contextlib.closing(_stream(pretrainer, work)))
+    writer = stack.enter_context(MetricsWriter(work.folder, work.job, work.folder.name)) if pretrainer.rank == 0 else None
+    for step in range(pretrainer.step_index, config.steps):
+        with watch("data"):
+            passes = [joined(stream.take(step * config.accumulation + number)) for number in range(config.accumulation)]
+        with watch("train"):
+            metrics: dict[str, Any] = pretrainer.step(passes)
+        done = step + 1
+        if done % config.watch_every == 0 or done == config.steps:
+            with watch("watch"):
+                metrics |= _watch(pretrainer, work, step)
+        if config.validation and (done == config.steps or (config.validation.every and done % config.validation.every == 0)):
+            with watch("validate"):
+                metrics["validation_loss"] = _validate(pretrainer, work)
+        if done % config.checkpoint_every == 0 or done == config.steps:
+            with watch("checkpoint"):
+                _checkpoint(pretrainer, metrics)
+        if writer is not None:
+            writer.write(_record(step, metrics, watch.lap(), stream, pretrainer))
+
+
+def _record(step: int, metrics: dict[str, Any], seconds: dict[str, float], stream: TokenStream, pretrainer: Pretrainer) -> dict[str, Any]:
+    record = {"step": step, "version": step + 1} | metrics | {f"epoch/{label}": epoch for label, epoch in stream.epochs.items()}
+    record["tokens_per_second"] = rate = metrics["tokens"] / seconds["total"]
+    if peak := pretrainer.spec.config.trainer.peak_tflops:
+        record["mfu"] = rate * 6 * pretrainer.activated / (peak * 1e12 * pretrainer.world)
+    return record | {"seconds": seconds}
+
+
+def _watch(pretrainer: Pretrainer, work: Work, step: int) -> dict[str, float]:
+    """The routers in full to a file of their own; of each measure the mean over layers."""
+    found = pretrainer.routers()
+    if pretrainer.rank == 0:
+        append_json(work.folder / ROUTERS, {"step": step} | found)
+    return {name: sum(found[name]) / len(found[name]) for name in ("alignment", "row_cosine", "max_violation_global")}
+
+
+def _stream(pretrainer: Pretrainer, work: Work, split: Split = "train") -> TokenStream:
+    config = work.spec.config
+    return TokenStream(
+        work.cache,
+        work.plan,
+        batch=config.batch // config.accumulation,
+        rank=pretrainer.rank,
+        world=pretrainer.world,
+        split=split,
+        deadline=config.data.wait,
+    )
+
+
+def joined(rows: list[Packed]) -> Sequences:
+    """Rows one behind another, their pieces of documents still apart."""
+    if not rows:
+        return Sequences.none()
+    return Sequences(np.concatenate([row.ids for row in rows]), np.concatenate([row.lengths for row in rows]))
+
+
+def _validate(pretrainer: Pretrainer, work: Work) -> float:
+    config = work.spec.config
+    assert config.validation is not None
+    with contextlib.closing(_stream(pretrainer, work, "validation")) as stream:
+        passes = -(-config.validation.sequences // (config.batch // config.accumulation))
+        return pretrainer.validate([joined(stream.take(number)) for number in range(passes)])
+
+
+def _checkpoint(pretrainer: Pretrainer, metrics: dict[str, Any]) -> None:
+    """Written here, and carried to the run's folder while training goes on."""
+    from ray import train
+    from ray.train import Checkpoint, CheckpointUploadMode
+    from torch import distributed
+
+    folder, step = Path(tempfile.mkdtemp(prefix="raysys-checkpoint-")), pretrainer.step_index
+    pretrainer.save(folder / "trainer")
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    everyone: list[Any] = [files] * pretrainer.world
+    distributed.all_gather_object(everyone, files)
+    if pretrainer.rank == 0:
+        whole = {name: size for part in everyone for name, size in part.items()}
+        write_json(folder / "source.json", {"step": step})
+        write_json(folder / MANIFEST, {"step": step, "version": step, "files": whole})
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float)) and math.isfinite(value)}
+    train.report(
+        numbers | {"step": step},
+        checkpoint=Checkpoint.from_directory(str(folder)),
+        checkpoint_dir_name=f"step_{step:08d}",
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )
+
+
+def _export(pretrainer: Pretrainer, work: Work) -> None:
+    """The stock folder, complete or not at all."""
+    from torch import distributed
+
+    final = work.folder / "export"
+    draft = final.with_name(".draft_export")
+    first = pretrainer.rank == 0
+    if first:
+        shutil.rmtree(draft, ignore_errors=True)
+    pretrainer.export(draft, load_tokenizer(work.tokenizer) if first else None)
+    if first:
+        shutil.rmtree(final, ignore_errors=True)
+        draft.rename(final)
+    distributed.barrier()
