@@ -117,11 +117,13 @@ def found_here(data: Corpus) -> Corpus:
 
 
 def _absolute(path: str) -> str:
+    return str(_here(path).absolute())
+
+
+def _here(path: str) -> Path:
     """`runs/...` is where this process's runs are kept."""
     parts = Path(path).parts
-    if parts[:1] == ("runs",) and os.environ.get(RUNS_VARIABLE):
-        return str(Path(os.environ[RUNS_VARIABLE], *parts[1:]).absolute())
-    return str(Path(path).absolute())
+    return Path(os.environ[RUNS_VARIABLE], *parts[1:]) if parts[:1] == ("runs",) and os.environ.get(RUNS_VARIABLE) else Path(path)
 
 
 def _moe_vocabulary(folder: str) -> int:
@@ -201,9 +203,7 @@ def local_or_id(folder: str) -> str:
 
     `runs/...` is looked for where this process's runs are kept. Raises ConfigError for a path that leads nowhere.
     """
-    path = Path(folder)
-    if path.parts[:1] == ("runs",) and os.environ.get(RUNS_VARIABLE):
-        path = Path(os.environ[RUNS_VARIABLE], *path.parts[1:])
+    path = _here(folder)
     if path.exists():
         return str(path.absolute())
     if folder.startswith(("/", ".", "~", "runs/")):

@@ -11,7 +11,6 @@ import itertools
 import json
 import logging
 import shutil
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -173,6 +172,7 @@ def _shown(config: PretrainMoeConfig, session: Session, cache: TokenCache) -> It
     follower = _Follower(session.folder / "metrics.jsonl", Progress(config.steps))
 
     def status() -> dict[str, Any]:
+        follower.read()
         cache.trained(follower.step * config.batch)
         return {
             "run": session.folder.name,
@@ -184,47 +184,34 @@ def _shown(config: PretrainMoeConfig, session: Session, cache: TokenCache) -> It
             "trainers": [f"trainer rank {rank}" for rank in range(config.trainer.most)],
         }
 
-    with follower, Live(session.folder, session.job, status):
-        yield
+    try:
+        with Live(session.folder, session.job, status):
+            yield
+    finally:
+        follower.read()
 
 
 class _Follower:
     """Shows each new line of a run's metrics."""
 
     def __init__(self, path: Path, progress: Progress):
-        self._path, self._progress, self.step = path, progress, 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        self._path, self._progress, self._place, self.step = path, progress, 0, 0
 
-    def __enter__(self) -> _Follower:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        self._thread.join(timeout=5)
-
-    def _run(self) -> None:
-        place = 0
-        while True:
-            ending = self._stop.wait(0.5)
-            place = self._read(place)
-            if ending:
-                return
-
-    def _read(self, place: int) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            size = self._path.stat().st_size
-            if size < place:
-                place = 0  # cut back by a restart
-            with self._path.open(encoding="utf-8") as file:
-                file.seek(place)
-                text = file.read()
-            whole = text.rpartition("\n")[0]
+    def read(self) -> None:
+        """What has come since the last call."""
+        try:
+            if self._path.stat().st_size < self._place:
+                self._place = 0  # cut back by a restart
+            with self._path.open("rb") as file:
+                file.seek(self._place)
+                whole = file.read().rpartition(b"\n")[0]
             for line in whole.splitlines():
                 record = json.loads(line)
                 if record["step"] >= self.step:
                     self.step = record["step"] + 1
                     self._progress.show(record)
-            place += len(whole.encode()) + (1 if whole else 0)
-        return place
+            self._place += len(whole) + (1 if whole else 0)
+        except OSError:
+            return
+        except ValueError:  # cut back and grown again in between
+            self._place = 0

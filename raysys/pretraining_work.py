@@ -105,11 +105,11 @@ def _train(pretrainer: Pretrainer, work: Work, stack: ExitStack) -> None:
         if config.validation and (done == config.steps or (config.validation.every and done % config.validation.every == 0)):
             with watch("validate"):
                 metrics["validation_loss"] = _validate(pretrainer, work)
+        if writer is not None:  # before the resume point, behind which nothing of this step is done again
+            writer.write(_record(step, metrics, watch.lap(), stream, pretrainer))
         if done % config.checkpoint_every == 0 or done == config.steps:
             with watch("checkpoint"):
                 _checkpoint(pretrainer, metrics)
-        if writer is not None:
-            writer.write(_record(step, metrics, watch.lap(), stream, pretrainer))
 
 
 def _record(step: int, metrics: dict[str, Any], seconds: dict[str, float], stream: TokenStream, pretrainer: Pretrainer) -> dict[str, Any]:
@@ -163,7 +163,11 @@ def _checkpoint(pretrainer: Pretrainer, metrics: dict[str, Any]) -> None:
     from torch import distributed
 
     folder, step = Path(tempfile.mkdtemp(prefix="raysys-checkpoint-")), pretrainer.step_index
-    pretrainer.save(folder / "trainer")
+    try:
+        pretrainer.save(folder / "trainer")
+    except RaysysError:
+        shutil.rmtree(folder, ignore_errors=True)  # it would only help to keep a full disk full
+        raise
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     everyone: list[Any] = [files] * pretrainer.world
     distributed.all_gather_object(everyone, files)

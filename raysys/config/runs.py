@@ -28,7 +28,7 @@ class Run(Config):
     def identity(self) -> dict[str, Any]:
         """See `Config.identity`. A falling learning rate makes the number of steps part of what is learned."""
         keys = super().identity()
-        if keys.get("trainer.schedule", "constant") != "constant":
+        if {keys.get(f"{part}.schedule", "constant") for part in ("trainer", "optimiser")} != {"constant"}:
             keys["steps"] = getattr(self, "steps", None)
         return keys
 

@@ -122,3 +122,12 @@ def test_how_data_are_cut_is_part_of_them_and_who_answers_is_not() -> None:
 def test_a_range_of_workers_has_two_ends() -> None:
     config = GopdConfig.load(None, ["student=s", "teachers.default=t", "data.path=p", "rollout.workers=1..8"])
     assert (config.rollout.fewest, config.rollout.most) == (1, 8) and "rollout.workers" not in config.identity()
+
+
+def test_where_the_learning_rate_falls_the_steps_are_part_of_what_is_learned() -> None:
+    from raysys.config.pretraining import PretrainMoeConfig
+
+    data = {"sources": {"all": {"path": "x"}}, "tokenizer": "t"}
+    falling, level = ({"data": data, "optimiser": {"schedule": name}} for name in ("cosine", "constant"))
+    assert PretrainMoeConfig.parse(falling).identity()["steps"] == 10_000
+    assert "steps" not in PretrainMoeConfig.parse(level).identity()
