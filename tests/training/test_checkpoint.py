@@ -136,7 +136,7 @@ def test_a_large_export_is_cut_into_files(pair, models, tmp_path):
 def test_a_full_disk_is_told_from_a_lost_peer(tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
-    with pytest.raises(CheckpointError, match=r"could not be written \(\d+ MiB are free there\)"), checkpoints._full_disks(tmp_path):
+    with pytest.raises(CheckpointError, match=r"could not be written \(\d+ MiB are free there\)"), checkpoints.full_disks(tmp_path):
         torch.save(torch.zeros(10**6), "/dev/full")
-    with pytest.raises(RuntimeError, match="Connection closed"), checkpoints._full_disks(tmp_path):
+    with pytest.raises(RuntimeError, match="Connection closed"), checkpoints.full_disks(tmp_path):
         raise RuntimeError("[gloo] Connection closed by peer")
