@@ -15,7 +15,6 @@ from raysys.models.expert_parallel import summed
 from raysys.models.moe import MoeDecoder, MoeShape, next_token_loss
 from raysys.models.packing import Packing
 from raysys.models.routing import Routing, balance_loss, z_loss
-from tests.training.work import spec
 
 SHAPE = MoeShape(
     vocabulary=40, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, experts=4, top_k=2, expert_width=12, context=32, deviation=0.2
@@ -128,19 +127,17 @@ def _engine(rank: int, ranks: int, port: int, expert_parallel: int, stage: int, 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
     import deepspeed
 
-    from raysys.training.engine import _deepspeed_config
+    from raysys.training import deep
     from raysys.training.expert_groups import expert_group, mark, split_groups
 
-    torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    deep.join("cpu", threads=1, seed=0)
     model = mark(MoeDecoder(shape, checkpointing, expert_group(expert_parallel)).initialise(3).to(getattr(torch, dtype)))
     routers = [one for name, one in model.named_parameters() if name.endswith("router.weight")]
     others = [one for name, one in model.named_parameters() if not name.endswith("router.weight")]
     groups = split_groups([{"params": others, "name": "others"}, {"params": routers, "name": "routers"}])
     assert [group.get("label") for group in groups] == ["others", "others", "routers"][expert_parallel == 1 :]
     optimizer = torch.optim.AdamW(groups, lr=RATE, eps=EPSILON, weight_decay=0.1)
-    config = _deepspeed_config(spec("", zero_stage=stage, clip=CLIP, dtype=dtype), sum(one.numel() for one in model.parameters()))
+    config = deep.settings(deep.effective_stage(stage, dtype), dtype, CLIP, sum(one.numel() for one in model.parameters()))
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 

@@ -49,8 +49,8 @@ def test_the_first_loss_is_that_of_the_formula(alone: Any) -> None:
             share = torch.zeros(4, dtype=torch.float64)
             for row in layer.indices.tolist():
                 share[row] += 1 / layer.indices.numel()
-            balances.append(float(4 * (share * layer.probs.mean(0)).sum()))
-            zs.append(float(layer.logits.exp().sum(-1).log().square().mean()))
+            balances.append((4 * (share * layer.probs.mean(0)).sum()).item())
+            zs.append(layer.logits.exp().sum(-1).log().square().mean().item())
     metrics = alone[0][0]
     assert metrics["loss"] == pytest.approx(nll / count, rel=1e-5)
     assert metrics["balance_loss"] == pytest.approx(np.mean(balances), rel=1e-5)
