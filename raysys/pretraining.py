@@ -108,7 +108,7 @@ def _fit(task: Work, config: PretrainMoeConfig, hardware: Hardware) -> None:
     trainer = TorchTrainer(
         work,
         train_loop_config={"work": task},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(config.deadlines.train)),  # of a rank for the others
         scaling_config=ScalingConfig(
             num_workers=ranks[0] if ranks[0] == ranks[1] else ranks,
             use_gpu=gpu,
