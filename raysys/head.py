@@ -31,6 +31,13 @@ from raysys.errors import ConfigError, InfrastructureError
 
 PORT_KNOB = "RAYSYS_DASHBOARD_PORT"
 STORE_KNOB = "RAYSYS_OBJECT_STORE_GIB"
+SLOW_MACHINES = {
+    # Otherwise the first driver makes one idle worker per logical CPU, which costs a small machine ten seconds.
+    "RAY_prestart_worker_first_driver": "0",
+    # A raylet ends itself when its agents are not up within 30 s; on a busy small machine they need longer to import.
+    "RAY_agent_register_timeout_ms": "120000",
+}
+"""What a node's processes need in their environment so that they start on a machine with two busy cores."""
 _GIB = 1 << 30
 
 
@@ -281,8 +288,7 @@ def _head_environment(token: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Otherwise the first driver makes one idle worker per logical CPU, which costs a small machine ten seconds.
-        "RAY_prestart_worker_first_driver": "0",
+        **SLOW_MACHINES,
     }
 
 

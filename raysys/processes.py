@@ -1,12 +1,14 @@
-"""Processes that must not outlive those that started them. Imports nothing but Python's own."""
+"""Processes that start fast, and do not outlive those that started them. Imports nothing but Python's own."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -19,6 +21,19 @@ def die_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
         if parent is not None and os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def imports() -> Iterator[None]:
+    """Large imports within: they make a million objects that stay; collections in between find nothing and take a seventh of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # no later collection looks at these objects either
+        if collects:
+            gc.enable()
 
 
 def bound(command: Sequence[str]) -> list[str]:

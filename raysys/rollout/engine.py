@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import gc
 import hashlib
 import json
 import os
@@ -127,16 +127,34 @@ def tie_core() -> None:
     global _whole_core
     if _whole_core is None:
         _whole_core = EngineCoreProc.run_engine_core
-        EngineCoreProc.run_engine_core = staticmethod(functools.partial(run_core, os.getpid()))  # type: ignore[assignment]
+        EngineCoreProc.run_engine_core = staticmethod(_Core(os.getpid()))  # type: ignore[assignment]
 
 
-def run_core(parent: int, *arguments: Any, **options: Any) -> None:
-    """The engine's process: vLLM's own main function, once it is tied to `parent`."""
-    from vllm.v1.engine.core import EngineCoreProc
+class _Core:
+    """The engine's process: vLLM's own main function, once the process is tied to `parent`.
 
-    die_with_parent(parent)
-    # Where the process is a fork of the actor, its class is the changed one.
-    (_whole_core or EngineCoreProc.run_engine_core)(*arguments, **options)
+    It arrives there in a pickle with vLLM's config behind it, whose classes bring all of vLLM's imports: no collections until it is called.
+    """
+
+    def __init__(self, parent: int):
+        self._parent = parent
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (self._parent,)
+
+    def __call__(self, *arguments: Any, **options: Any) -> None:
+        from vllm.v1.engine.core import EngineCoreProc
+
+        gc.freeze()
+        gc.enable()
+        die_with_parent(self._parent)
+        # Where the process is a fork of the actor, its class is the changed one.
+        (_whole_core or EngineCoreProc.run_engine_core)(*arguments, **options)
+
+
+def _arrived(parent: int) -> _Core:
+    gc.disable()
+    return _Core(parent)
 
 
 def children() -> dict[int, float]:

@@ -15,6 +15,7 @@ import numpy as np
 from raysys import memory
 from raysys.batch import Bucket
 from raysys.errors import DataError, InfrastructureError, RaysysError, WeightSyncError
+from raysys.processes import imports
 from raysys.rollout.engine import chatter_to, children, end, engine_arguments, revision, stop_ids, tie_core
 from raysys.rollout.episodes import Episode, TokenizerCodec
 from raysys.rollout.serving import Asked, Response, Seat, Serving
@@ -50,9 +51,10 @@ class RolloutWorker(Serving):
             ConfigError: what is asked for cannot work on this device.
         """
         self._log = chatter_to(self._spec.log_dir, self._rank)
-        import vllm
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with imports():
+            import vllm
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments = engine_arguments(self._spec) | (self._receiver.engine_arguments() if self._receiver is not None else {})
         with self._ours("could not start its engine", InfrastructureError):

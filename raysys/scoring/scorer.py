@@ -15,6 +15,7 @@ import numpy as np
 
 from raysys.batch import Batch, Ragged
 from raysys.errors import DataError, NumericsError
+from raysys.processes import imports
 from raysys.scoring.routing import route
 
 
@@ -60,13 +61,14 @@ class ScorerWorker:
         Raises:
             ConfigError: a folder holds no causal language model that can be scored with.
         """
-        import torch
-        from transformers import AutoTokenizer
+        with imports():
+            import torch
+            from transformers import AutoTokenizer
 
-        if self.spec.offload:
-            from raysys.scoring.offload import load_offloaded as load
-        else:
-            from raysys.models.causal import load_causal as load
+            if self.spec.offload:
+                from raysys.scoring.offload import load_offloaded as load
+            else:
+                from raysys.models.causal import load_causal as load
 
         torch.set_num_threads(self.spec.threads)
         device = "cuda" if self.spec.device == "gpu" else "cpu"

@@ -13,6 +13,7 @@ import numpy as np
 
 from raysys import memory
 from raysys.batch import Batch, Bucket, Ragged
+from raysys.processes import imports
 from raysys.training.spec import Share, Tally, TrainerSpec
 
 if TYPE_CHECKING:
@@ -54,9 +55,9 @@ class TrainerWorker:
             "MASTER_PORT": str(port),
             "DS_ACCELERATOR": "cuda" if self.spec.device == "gpu" else "cpu",
         }
-        self._quieten()
-        from raysys.training.engine import Engine
-
+        with imports():
+            self._quieten()
+            from raysys.training.engine import Engine
         self._engine = Engine(self.spec)
         engine = self._engine
         return {"rank": self.rank, "parameters": engine.parameters, "dtype": self.spec.dtype, "padded": engine.padded, "pid": os.getpid()}

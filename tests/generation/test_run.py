@@ -28,7 +28,6 @@ from raysys.generation.watch import Watch
 from raysys.head import Head
 from raysys.job import Session
 from raysys.ledger import Ledger
-from raysys.models.scratch import new_causal
 from raysys.rollout.serving import Response
 
 ADD = {"task": "chain_sum", "params": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, "style": "scratchpad"}
@@ -84,6 +83,8 @@ def cluster(ray_head: Head):
 
 @pytest.fixture
 def teachers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    from raysys.models.scratch import new_causal  # torch: actors that take `Dice` from this module do without
+
     make = run._work
     monkeypatch.setattr(run, "_work", lambda *args: dataclasses.replace(make(*args), engine=Dice))
     spec = NewModel(hidden_size=32, layers=1, heads=1, kv_heads=1, ffn_size=32, context=64)

@@ -38,7 +38,7 @@ def pool(ray_head: Any, folder: Path) -> Iterator[RolloutPool]:
     config = Rollout(kv_cache_mib=16)
     spec = RolloutSpec(str(folder), device="cpu", dtype="float32", max_model_len=WINDOW, config=config, log_dir=str(folder / "logs"))
     try:
-        with RolloutPool(config, spec, Deadlines(placement=60, start=200, generate=60, heartbeat=8)) as pool:
+        with RolloutPool(config, spec, Deadlines(placement=60, start=200, generate=200, heartbeat=8)) as pool:
             pool.start()
             yield pool
     finally:
