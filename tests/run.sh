@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Installs what is missing, checks style and types, runs the tests; arguments go to pytest (default: everything that needs no GPU).
+# Installs what is missing, checks style and types, runs the tests that need no GPU.
+# `bash tests/run.sh all` runs the long ones, too: real runs whose parts are killed one after another, nodes that come and go.
+# Other arguments go to pytest.
 # `bash tests/run.sh chaos [--kills N] [--real N] [--seed N]` instead kills processes of running jobs for about ten minutes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -11,4 +13,8 @@ if [ "${1:-}" = chaos ]; then
 fi
 "$bin/ruff" check raysys jobs tests
 PYRIGHT_PYTHON_IGNORE_WARNINGS=1 "$bin/pyright"
+case ${1:-} in
+    "") set -- -m "not long" ;;
+    all) shift ;;
+esac
 exec "$bin/python" -m pytest -q "$@"

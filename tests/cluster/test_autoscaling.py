@@ -269,6 +269,7 @@ STEPS = 40
 
 
 @pytest.mark.e2e
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_the_pool_follows_the_cluster(cluster: Cluster, tmp_path: Path) -> None:
     """Engines come on nodes that the autoscaler adds, one is lost with its node, idle ones leave and their nodes with them."""

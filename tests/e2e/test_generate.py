@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,10 +34,11 @@ def await_shards(place: Workplace, run: subprocess.Popen[bytes], name: str, coun
         time.sleep(0.005)
 
 
-def test_kill_nine_loses_no_row_and_doubles_none(place: Workplace) -> None:
-    """One teacher of two domains; all of the run is killed in the first of them."""
+@pytest.fixture(scope="module")
+def config(place: Workplace) -> dict[str, Any]:
+    """One teacher of two domains."""
     teacher = str(new_causal(NewModel(**SMALL), place.folder / "teacher" / "export", seed=0))
-    config = {
+    return {
         "teachers": {"add": teacher, "rev": teacher},
         "data": {"source": {"domains": {"add": ADD, "rev": REV}}},
         "rows": 80,
@@ -46,7 +48,16 @@ def test_kill_nine_loses_no_row_and_doubles_none(place: Workplace) -> None:
         "shard_rows": 4,
         "rollout": {"max_sequences": 8},
     }
-    calm = place.run("generate", "calm", config)
+
+
+@pytest.fixture(scope="module")
+def calm(place: Workplace, config: dict[str, Any]) -> Path:
+    return place.run("generate", "calm", config)
+
+
+@pytest.mark.long
+def test_kill_nine_loses_no_row_and_doubles_none(place: Workplace, config: dict[str, Any], calm: Path) -> None:
+    """All of the run is killed in the first of two domains."""
     run = place.start("generate", "killed", config)
     await_shards(place, run, "killed", 4)
     run.kill()  # the supervisor, and with it the driver and all that is its
@@ -64,26 +75,31 @@ def test_kill_nine_loses_no_row_and_doubles_none(place: Workplace) -> None:
     assert files == {path.name: path.read_bytes() for path in (place.folder / "killed" / "data").iterdir()} and len(files) > 35
     drop = ("seconds", "tokens_per_second")
     lines = [[{k: v for k, v in line.items() if k not in drop} for line in place.metrics(name)] for name in ("calm", "killed")]
-    assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == list(range(40))
-    assert sum(line["samples"] for line in lines[0]) == 320 and sum(line["kept"] for line in lines[0]) > 50
+    assert lines[0] == lines[1] and len(lines[0]) == 40
+
+
+def test_answers_are_counted_and_shown(place: Workplace, calm: Path) -> None:
+    lines = place.metrics("calm")
+    assert [line["step"] for line in lines] == list(range(40)) and sum(line["samples"] for line in lines) == 320
+    assert sum(line["kept"] for line in lines) > 50 and len(list((calm / "data").iterdir())) > 35
     report = (calm / "report.html").read_text()
     assert "answers kept, in 40 shards." in report and "left out as wrong" in report and "<h2>Samples" in report
 
 
-def test_a_job_trains_on_the_tokens_that_were_sampled(place: Workplace) -> None:
+def test_a_job_trains_on_the_tokens_that_were_sampled(place: Workplace, calm: Path) -> None:
     """The student is the teacher itself: its first loss is the cross-entropy of what it said, a little less than uniform."""
     config = sft(False, {}, steps=1, batch=32, student=str(place.folder / "teacher" / "export"), max_response_tokens=40)
-    config["data"] = {"path": str(place.folder / "calm" / "data")}
+    config["data"] = {"path": str(calm / "data")}
     place.run("sft", "taught", config)
     (line,) = place.metrics("taught")
     assert 3.0 < line["nll"] < 4.6 and line["nll/add"] != line["nll/rev"], "log 98 is 4.58"
     assert "another tokenizer" not in (place.folder / "taught.log").read_text()
 
 
-def test_wrong_input_is_one_line_before_any_actor(place: Workplace) -> None:
+def test_wrong_input_is_one_line_before_any_actor(place: Workplace, config: dict[str, Any]) -> None:
     rows = place.folder / "art.jsonl"
     rows.write_text('{"prompt": "1+1=", "domain": "art"}\n')
-    config = {"teachers": {"add": str(place.folder / "teacher" / "export")}, "data": {"path": str(rows)}}
+    wrong = {"teachers": {"add": config["teachers"]["add"]}, "data": {"path": str(rows)}}
     small = ("max_prompt_tokens=16", "max_response_tokens=8")
     for number, (override, told) in enumerate(
         (
@@ -92,6 +108,6 @@ def test_wrong_input_is_one_line_before_any_actor(place: Workplace) -> None:
             ("rollout.replay=x", "this job writes its answers to data/"),
         )
     ):
-        assert place.start("generate", f"wrong-{number}", config, *small, override).wait(timeout=60) in (1, 2)
+        assert place.start("generate", f"wrong-{number}", wrong, *small, override).wait(timeout=60) in (1, 2)
         lines = [line for line in (place.folder / f"wrong-{number}.log").read_text().splitlines() if line.startswith("error: ")]
         assert len(lines) == 1 and told in lines[0], lines

@@ -134,6 +134,19 @@ def other(place: Workplace) -> Path:
     return place.folder / "other"
 
 
+@pytest.fixture(scope="module")
+def two_teachers(tied: Path, other: Path) -> dict[str, Any]:
+    """Two teachers, tied embeddings, ExOPD."""
+    config = gopd(tied, {"add": tied, "rev": other}, {"add": ADD, "rev": REV}, reward_scale=1.25, reference=str(tied / "export"))
+    return config | {"steps": 24, "checkpoint_every": 2, "batch": 32}
+
+
+@pytest.fixture(scope="module")
+def calm(place: Workplace, two_teachers: dict[str, Any]) -> Path:
+    """A run that nobody disturbs; a colocated one: where engine and trainer live changes nothing."""
+    return place.run("gopd", "calm", two_teachers, "colocate=true")
+
+
 def test_the_student_moves_towards_its_teacher(place: Workplace, base: Path, teacher: Path) -> None:
     held_out = {"rows": 32, "data": {"source": {"split": "choose", "domains": {"rev": REV}}}}
     run = place.run("gopd", "learn", gopd(base, {"rev": teacher}, {"rev": REV}, steps=60, evaluation=held_out))
@@ -182,18 +195,13 @@ def test_the_export_gives_the_same_answers_in_stock_transformers_and_stock_vllm(
     assert json.loads(answers[0].removeprefix("ANSWERS ")) == mine
 
 
-def test_kill_nine_of_anything_changes_nothing(place: Workplace, tied: Path, other: Path) -> None:
-    """Two teachers, tied embeddings, ExOPD. All of the run is killed at once, then one part after another, and it goes on by itself.
-
-    The undisturbed run is a colocated one: where engine and trainer live changes nothing either.
-    """
-    config = gopd(tied, {"add": tied, "rev": other}, {"add": ADD, "rev": REV}, reward_scale=1.25, reference=str(tied / "export"))
-    config |= {"steps": 24, "checkpoint_every": 2, "batch": 32}
-    calm = place.run("gopd", "calm", config, "colocate=true")
-    run = place.reach("killed", config, 3)
+@pytest.mark.long
+def test_kill_nine_of_anything_changes_nothing(place: Workplace, two_teachers: dict[str, Any], calm: Path) -> None:
+    """All of the run is killed at once, then one part after another, and it goes on by itself."""
+    run = place.reach("killed", two_teachers, 3)
     run.kill()  # the supervisor, and with it the driver
     run.wait()
-    run = place.reach("killed", config, 7)
+    run = place.reach("killed", two_teachers, 7)
     (driver,) = [child for child in psutil.Process(run.pid).children() if "gopd.py" in " ".join(child.cmdline())]
     time.sleep(0.1)
     driver.kill()
@@ -218,6 +226,7 @@ def test_kill_nine_of_anything_changes_nothing(place: Workplace, tied: Path, oth
     assert max(step["parity_gap"] for step in place.metrics("calm")) < 1e-4
 
 
+@pytest.mark.long
 def test_another_layout_on_recorded_rollouts_trains_the_same(place: Workplace, tied: Path, other: Path) -> None:
     """Two engines and one trainer rank record; two ranks and no engine train on that; asynchronous, so that ages are in it."""
     from raysys.compare import differences
@@ -236,9 +245,10 @@ def test_another_layout_on_recorded_rollouts_trains_the_same(place: Workplace, t
     assert not (replayed / "rollout-0.log").exists(), "no engine was started"
 
 
-def test_the_routed_teacher_is_the_one_that_scored(place: Workplace, tied: Path) -> None:
+def test_the_routed_teacher_is_the_one_that_scored(place: Workplace, calm: Path) -> None:
     """The first step's KL to a teacher that is the student itself is 0; the other domain's is not."""
     steps = place.metrics("calm")
+    assert len(steps) == 24 and max(step["parity_gap"] for step in steps) < 1e-4
     assert abs(steps[0]["reverse_kl/add"]) < 1e-5 < steps[0]["reverse_kl/rev"]
 
 

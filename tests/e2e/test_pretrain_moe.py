@@ -68,21 +68,18 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "export" / "model.safetensors")
 
 
-def test_a_killed_worker_costs_nothing_and_another_rank_count_goes_on(place: Workplace) -> None:
-    calm = place.run("pretrain_moe", "calm", config(place))
+@pytest.fixture(scope="module")
+def calm(place: Workplace) -> Path:
+    """Two ranks that nobody disturbs."""
+    return place.run("pretrain_moe", "calm", config(place))
+
+
+def test_it_learns_and_another_rank_count_goes_on(place: Workplace, calm: Path) -> None:
     steps = steps_of(place, "calm")
     assert [step["step"] for step in steps] == list(range(STEPS))
     assert steps[-1]["loss"] < steps[0]["loss"] and steps[-1]["validation_loss"] < steps[0]["loss"]
     looks = [json.loads(line) for line in (calm / "routers.jsonl").read_text().splitlines()]
     assert [look["step"] for look in looks] == [3, 7, 11] and len(looks[0]["load"]) == 2 and len(looks[0]["load"][0]) == 4
-
-    run = place.start("pretrain_moe", "killed", config(place))
-    place.await_lines(run, "killed", 7)
-    place.processes("RayTrainWorker")[-1].kill()
-    assert run.wait(timeout=240) == 0, (place.folder / "killed.log").read_text()[-3000:]
-    assert steps_of(place, "killed") == steps, "resumed at the right sample, bit by bit"
-    before, after = tensors(calm), tensors(place.folder / "killed")
-    assert before.keys() == after.keys() and all((before[name] == after[name]).all() for name in before)
 
     fewer = place.folder / "fewer"
     shutil.copytree(calm, fewer)
@@ -90,16 +87,28 @@ def test_a_killed_worker_costs_nothing_and_another_rank_count_goes_on(place: Wor
         shutil.rmtree(point)
     (fewer / "ledger" / "finished.json").unlink()
     place.run("pretrain_moe", "fewer", config(place), "trainer={ranks: 1, zero_stage: 0, threads: 1}")
-    for fewer, whole in zip(steps_of(place, "fewer"), steps, strict=True):
-        assert fewer["loss"] == pytest.approx(whole["loss"], rel=1e-4), "one rank goes on where two were"
+    for found, wanted in zip(steps_of(place, "fewer"), steps, strict=True):
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4), "one rank goes on where two were"
+    whole = tensors(calm)
     for name, tensor in tensors(place.folder / "fewer").items():
-        np.testing.assert_allclose(tensor, before[name], atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(tensor, whole[name], atol=1e-4, err_msg=name)
 
 
-def test_the_export_is_a_stock_model(place: Workplace) -> None:
+@pytest.mark.long
+def test_a_killed_worker_costs_nothing(place: Workplace, calm: Path) -> None:
+    run = place.start("pretrain_moe", "killed", config(place))
+    place.await_lines(run, "killed", 7)
+    place.processes("RayTrainWorker")[-1].kill()
+    assert run.wait(timeout=240) == 0, (place.folder / "killed.log").read_text()[-3000:]
+    assert steps_of(place, "killed") == steps_of(place, "calm"), "resumed at the right sample, bit by bit"
+    before, after = tensors(calm), tensors(place.folder / "killed")
+    assert before.keys() == after.keys() and all((before[name] == after[name]).all() for name in before)
+
+
+def test_the_export_is_a_stock_model(calm: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = place.folder / "calm" / "export"
+    folder = calm / "export"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("the router follows its expert", return_tensors="pt").input_ids
     loss = model(ids, labels=ids).loss.item()
@@ -132,7 +141,7 @@ def test_what_cannot_work_is_one_line_before_any_actor(place: Workplace, overrid
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_other_data_under_the_same_name_are_refused(place: Workplace) -> None:
+def test_other_data_under_the_same_name_are_refused(place: Workplace, calm: Path) -> None:
     lines = (place.folder / "books.jsonl").read_text().splitlines()
     (place.folder / "books.jsonl").write_text("\n".join(lines[1:]) + "\n")
     run = place.start("pretrain_moe", "calm", config(place), f"steps={STEPS + 1}")

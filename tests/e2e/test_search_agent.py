@@ -119,6 +119,7 @@ def test_a_search_service_that_is_killed_costs_time_and_nothing_else(place: Work
     assert 0 < steps[0]["loss_tokens"] < 1 and {"high_ppl", "exact_match", "positive_mass_after", "entropy"} <= steps[0].keys()
 
 
+@pytest.mark.long
 def test_without_a_service_the_run_searches_by_itself(place: Workplace) -> None:
     """An actor of the run, which is killed on the way, and an evaluation before and after."""
     held_out = {"rows": 8, "data": {"path": str(place.folder / "questions.jsonl")}}

@@ -20,7 +20,7 @@ from raysys import head as heads
 from raysys.compare import differences
 from tests.chaos.storm import ROOT, real_command
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(600)]
 
 STEPS = 24
 _STATUS_SECONDS = 2.5

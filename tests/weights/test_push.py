@@ -175,6 +175,7 @@ def kill_engine(place: Place) -> None:
             os.kill(child.pid, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_a_killed_engine_is_replaced_and_the_new_one_gets_the_weights_before_any_prompt(place: Place):
     pusher = place.pusher()
     pusher.push(50)
