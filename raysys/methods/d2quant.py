@@ -64,7 +64,7 @@ class Quantized:
         """The matrix [out, in] that stands for the weight, in the weight's dtype."""
         groups = self.codes.unflatten(1, (self.scale.shape[1], -1))
         if self.scale.dim() == 3:
-            out = _levels(groups, self.scale)
+            out = plane_levels(groups, self.scale)
         else:
             steps = groups.to(self.scale.dtype)
             if self.zero is not None:
@@ -258,7 +258,7 @@ def _binary(groups: Tensor, bits: int, iterations: int) -> tuple[Tensor, Tensor,
     scale, codes = torch.stack(scales, dim=-1), _coded(torch.stack(planes, dim=-1))
     for _ in range(iterations):
         scale, codes = _rows(groups, codes, column, scale)
-        levels = _levels(codes, scale)
+        levels = plane_levels(codes, scale)
         along, size = (groups * levels).sum(dim=0), levels.square().sum(dim=0)
         column = torch.where((along > 0) & (size > 0), along / size.where(size > 0, 1.0), column)
         codes = _nearest(groups, scale, column)
@@ -284,7 +284,7 @@ def _nearest(groups: Tensor, scale: Tensor, column: Tensor) -> Tensor:
     """The code of the level that is nearest to each weight."""
     best, least = torch.zeros_like(groups, dtype=torch.uint8), torch.full_like(groups, math.inf)
     for code in range(2 ** scale.shape[-1]):
-        level = _levels(torch.full((1, 1, 1), code, dtype=torch.uint8, device=groups.device), scale)
+        level = plane_levels(torch.full((1, 1, 1), code, dtype=torch.uint8, device=groups.device), scale)
         error = (level * column - groups).square_()
         better = error < least
         best.masked_fill_(better, code)
@@ -302,8 +302,8 @@ def _coded(planes: Tensor) -> Tensor:
     return ((planes > 0) * places).sum(dim=-1).to(torch.uint8)
 
 
-def _levels(codes: Tensor, scale: Tensor) -> Tensor:
-    """sum_k r_k B_k of codes [R, G, g] and row scales [R, G, b]."""
+def plane_levels(codes: Tensor, scale: Tensor) -> Tensor:
+    """sum_k r_k B_k, what binary codes [..., g] stand for, of row scales [..., b]: [..., g]."""
     out = torch.zeros((), dtype=scale.dtype, device=scale.device)
     for plane in range(scale.shape[-1]):
         sign = ((codes >> plane) & 1).to(scale.dtype) * 2 - 1
