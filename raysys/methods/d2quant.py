@@ -19,13 +19,16 @@ float64 stays float64, lower precisions compute in float32. Shapes are checked; 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from raysys.methods.d2quant_kernels import column_sums, compiled, machine_code
 from raysys.methods.tensors import compute_dtype
 
 Levels = Literal["uniform", "binary"]
@@ -36,6 +39,10 @@ _LEAST_PERCENT = 20
 """Of the full range, where the search for a clipped one ends."""
 _FARTHEST = 64.0
 """How far a column's scale may be from its group's median, as a factor."""
+_AT_ONCE = {False: 2**20, True: 2**26}
+"""Weights whose ranges are searched together, on a processor and on a GPU."""
+_ROWS_A_CALL = 512
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Quantized:
         """The matrix [out, in] that stands for the weight, in the weight's dtype."""
         groups = self.codes.unflatten(1, (self.scale.shape[1], -1))
         if self.scale.dim() == 3:
-            out = _levels(groups, self.scale)
+            out = plane_levels(groups, self.scale)
         else:
             steps = groups.to(self.scale.dtype)
             if self.zero is not None:
@@ -88,8 +95,14 @@ def quantize(weight: Tensor, bits: int, group_size: int = 128, symmetric: bool =
     """
     groups = _grouped(weight, group_size)
     _check_bits(bits, BITS)
-    scale, zero, codes = _searched(groups, bits, symmetric)
-    return Quantized(codes.flatten(1), scale, zero, None, weight.dtype)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+    parts = []
+    for some in groups.split(max(1, _AT_ONCE[groups.is_cuda] // weight.shape[1])):
+        scale, zero = _searched(some, bits, symmetric)
+        codes = (some / scale).add_(zero).round_().clamp_(low, high).to(torch.int8 if symmetric else torch.uint8)
+        parts.append((codes.flatten(1), scale.squeeze(-1), zero.squeeze(-1).to(torch.int16)))
+    codes, scale, zero = (torch.cat(part) for part in zip(*parts))
+    return Quantized(codes, scale, None if symmetric else zero, None, weight.dtype)
 
 
 def quantize_down(weight: Tensor, bits: int, group_size: int = 128, levels: Levels = "uniform", iterations: int = 15) -> Quantized:
@@ -114,7 +127,9 @@ def quantize_down(weight: Tensor, bits: int, group_size: int = 128, levels: Leve
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
         raise ValueError(f"iterations must be a whole number from 0 on, got {iterations}")
     fit = _uniform if levels == "uniform" else _binary
-    scale, codes, column = fit(groups, bits, iterations)
+    at_once = max(1, _AT_ONCE[groups.is_cuda] // groups[:, 0].numel())
+    parts = [fit(some.contiguous(), bits, iterations) for some in groups.split(at_once, dim=1)]
+    scale, codes, column = (torch.cat(part, dim=axis) for part, axis in zip(zip(*parts), (1, 1, 0)))
     return Quantized(codes.flatten(1), scale, None, column.flatten(), weight.dtype)
 
 
@@ -164,53 +179,69 @@ def deviation_bias(teacher_sum: Tensor, student_sum: Tensor, tokens: int, streng
     return (strength * mean).clamp(-clip, clip)
 
 
-def _searched(groups: Tensor, bits: int, symmetric: bool, column: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Scale [R, G], zero, and codes [R, G, g] of the best range of each group; errors count times `column` [G, g]."""
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for scale, zero in _ranges(groups, bits, symmetric):
-        codes = (groups / scale + zero).round_().clamp_(low, high)
-        off = (codes - zero) * scale - groups
-        error = (off if column is None else off * column).square_().sum(dim=-1, keepdim=True)
-        if best is None:
-            best = (error, scale, zero)
-            continue
-        better = error < best[0]
-        best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True))  # type: ignore[assignment]
-    assert best is not None
-    _, scale, zero = best
-    codes = (groups / scale + zero).round_().clamp_(low, high)
-    kept = codes.to(torch.int8 if symmetric else torch.uint8)
-    return scale.squeeze(-1), None if symmetric else zero.squeeze(-1).to(torch.int16), kept
+def _searched(groups: Tensor, bits: int, symmetric: bool, column: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [R, G, 1] of the best range of each group; errors count times `column` [G, g]."""
+    scale, zero = _whole(groups, bits, symmetric)
+    percent = _best_percent(groups, scale, zero, bits, symmetric, column)
+    return scale * (percent.to(torch.float64) / 100).to(scale.dtype), zero
 
 
-def _ranges(groups: Tensor, bits: int, symmetric: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scales and zero points [R, G, 1] to try, in steps of one percent, large ones first."""
+def _whole(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Step of the full range and zero point, [R, G, 1]."""
+    bottom, top = groups.amin(dim=-1, keepdim=True).clamp_max(0), groups.amax(dim=-1, keepdim=True).clamp_min(0)
     if symmetric:
-        whole = groups.abs().amax(dim=-1, keepdim=True) / 2 ** (bits - 1)
-        whole = whole.where(whole > 0, 1.0)
-        none = torch.zeros_like(whole)
-        # The grid is longer on the negative side: a sign says which side of the weights gets that level, and a step is at most
-        # as large as puts the shorter side's end on the largest weight.
-        for percent in range(math.ceil(100 * 2 ** (bits - 1) / (2 ** (bits - 1) - 1)), _LEAST_PERCENT - 1, -1):
-            yield whole * (percent / 100), none
-            yield whole * (-percent / 100), none
-        return
-    top, bottom = groups.amax(dim=-1, keepdim=True).clamp_min(0), groups.amin(dim=-1, keepdim=True).clamp_max(0)
+        whole = torch.maximum(-bottom, top) / 2 ** (bits - 1)
+        return whole.where(whole > 0, 1.0), torch.zeros_like(whole)
     whole = (top - bottom) / (2**bits - 1)
     whole = whole.where(whole > 0, 1.0)
-    for percent in range(100, _LEAST_PERCENT - 1, -1):
-        yield whole * (percent / 100), (-bottom / whole).round_().clamp_(0, 2**bits - 1)
+    return whole, (-bottom / whole).round_().clamp_(0, 2**bits - 1)
+
+
+def _best_percent(groups: Tensor, whole: Tensor, zero: Tensor, bits: int, symmetric: bool, column: Tensor | None) -> Tensor:
+    """[R, G, 1] in steps of one percent of `whole`, large ones first; negative: the symmetric grid the other way round.
+
+    The grid is longer on the negative side: a sign says which side of the weights gets that level, and a step is at most as large as puts
+    the shorter side's end on the largest weight.
+    """
+    first = math.ceil(100 * 2 ** (bits - 1) / (2 ** (bits - 1) - 1)) if symmetric else 100
+    percents = range(first, _LEAST_PERCENT - 1, -1)
+    below = zero + 2 ** (bits - 1) if symmetric else zero
+    if groups.device.type != "cpu":
+        return _tried(groups, whole, below, 2**bits, percents, symmetric, column)
+    squares = (torch.ones_like(groups[:1, 0]) if column is None else column.square()).numpy()
+    best, tried = torch.empty(whole.shape, dtype=torch.int32), np.array(percents)
+
+    def search(rows: slice) -> None:
+        groups_, whole_, below_, best_ = (one[rows].flatten(0, 1).numpy() for one in (groups.contiguous(), whole, below, best))
+        compiled(bits)(groups_, squares, whole_.ravel(), below_.ravel(), 2**bits, tried, symmetric, best_.reshape(-1))
+
+    _in_threads(search, len(groups))
+    return best
+
+
+def _tried(groups: Tensor, whole: Tensor, below: Tensor, codes: int, percents: range, mirrored: bool, column: Tensor | None) -> Tensor:
+    """`best_by_sums` for any device."""
+    best, least = torch.zeros_like(whole, dtype=torch.int32), torch.full_like(whole, math.inf)
+    for percent in percents:
+        scale = whole * (percent / 100)
+        steps = (groups / scale).round_()
+        for sign in (1, -1) if mirrored else (1,):
+            low, high = (-below, codes - 1 - below) if sign > 0 else (below - codes + 1, below)
+            off = torch.maximum(torch.minimum(steps, high), low).mul_(scale).sub_(groups)
+            error = (off if column is None else off.mul_(column)).square_().sum(dim=-1, keepdim=True)
+            better = error < least
+            best.masked_fill_(better, sign * percent)
+            least = torch.where(better, error, least)
+    return best
 
 
 def _uniform(groups: Tensor, bits: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Scale, codes and column scale [G, g] of the best iterate of each group."""
-    column = torch.ones_like(groups[0])
+    column, live = torch.ones_like(groups[0]), (groups != 0).any(dim=0)
     best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     for step in range(iterations + 1):
-        scale, _, codes = _searched(groups / column, bits, True, column)
-        levels = codes.to(scale.dtype) * scale.unsqueeze(-1)
-        error = (levels * column - groups).square_().sum(dim=(0, 2))
+        scale = _searched(groups / column, bits, True, column)[0].squeeze(-1)
+        codes, along, size, error = _column_sums(groups, column, scale, 2 ** (bits - 1))
         if best is None:
             best = (error, scale, codes, column)
         else:
@@ -222,22 +253,49 @@ def _uniform(groups: Tensor, bits: int, iterations: int) -> tuple[Tensor, Tensor
                 torch.where(better.unsqueeze(-1), column, best[3]),
             )
         # The plain quantiser comes first, so that nothing is worse. Then columns begin at their own size.
-        column = _columns(groups, levels, column) if step else _normalised(groups, groups.abs().mean(dim=0))[0]
+        column = _columns(along, size, column, live) if step else _normalised(groups.abs().mean(dim=0), live)[0]
     assert best is not None
     return best[1:]
 
 
-def _columns(groups: Tensor, levels: Tensor, column: Tensor) -> Tensor:
+def _column_sums(groups: Tensor, column: Tensor, scale: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes [R, G, g], sums of X Q and of Q Q [G, g], and squared errors [G]: `column_sums`, for any device."""
+    if groups.device.type == "cpu":
+        codes = torch.empty_like(groups, dtype=torch.int8)
+
+        def add(rows: slice) -> Tensor:
+            sums = torch.zeros(3, *column.shape, dtype=torch.float64)
+            flat = [one[rows].flatten(0, 1).numpy() for one in (groups, scale, codes)]
+            machine_code(column_sums)(flat[0], column.numpy(), flat[1], longest, flat[2], *sums.numpy())
+            return sums
+
+        along, size, error = torch.stack(_in_threads(add, len(groups))).sum(dim=0)
+        return codes, along.to(groups.dtype), size.to(groups.dtype), error.sum(dim=-1)
+    steps = (groups / column / scale.unsqueeze(-1)).round_().clamp_(-longest, longest - 1)
+    levels = steps * scale.unsqueeze(-1)
+    error = (levels * column - groups).square_().sum(dim=(0, 2))
+    return steps.to(torch.int8), (groups * levels).sum(dim=0), levels.square().sum(dim=0), error
+
+
+def _in_threads(call: Callable[[slice], T], rows: int) -> list[T]:
+    """What the call gives for slices of the rows, in order. How many threads torch has does not change the slices."""
+    parts = [slice(start, start + _ROWS_A_CALL) for start in range(0, rows, _ROWS_A_CALL)]
+    threads = min(torch.get_num_threads(), len(parts))
+    if threads == 1:
+        return [call(part) for part in parts]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(call, parts))
+
+
+def _columns(along: Tensor, size: Tensor, column: Tensor, live: Tensor) -> Tensor:
     """Least squares of each column on its levels, [G, g]; where that is not positive the old scale stays. Normalised."""
-    along, size = (groups * levels).sum(dim=0), levels.square().sum(dim=0)
     found = torch.where((along > 0) & (size > 0), along / size.where(size > 0, 1.0), column)
     median = found.quantile(0.5, dim=-1, keepdim=True)
-    return _normalised(groups, found.clamp(median / _FARTHEST, median * _FARTHEST))[0]
+    return _normalised(found.clamp(median / _FARTHEST, median * _FARTHEST), live)[0]
 
 
-def _normalised(groups: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+def _normalised(column: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     """Columns over their geometric mean in each group, [G, g], and that mean [G, 1]. Columns of zeros do not count and get 1."""
-    live = (groups != 0).any(dim=0)
     logs = torch.where(live, column, 1.0).log()
     mean = (logs.sum(dim=-1, keepdim=True) / live.sum(dim=-1, keepdim=True).clamp_min(1)).exp()
     return torch.where(live, column / mean, 1.0), mean
@@ -258,11 +316,11 @@ def _binary(groups: Tensor, bits: int, iterations: int) -> tuple[Tensor, Tensor,
     scale, codes = torch.stack(scales, dim=-1), _coded(torch.stack(planes, dim=-1))
     for _ in range(iterations):
         scale, codes = _rows(groups, codes, column, scale)
-        levels = _levels(codes, scale)
+        levels = plane_levels(codes, scale)
         along, size = (groups * levels).sum(dim=0), levels.square().sum(dim=0)
         column = torch.where((along > 0) & (size > 0), along / size.where(size > 0, 1.0), column)
         codes = _nearest(groups, scale, column)
-    column, mean = _normalised(groups, column)
+    column, mean = _normalised(column, (groups != 0).any(dim=0))
     return scale * mean.unsqueeze(0), codes, column
 
 
@@ -284,7 +342,7 @@ def _nearest(groups: Tensor, scale: Tensor, column: Tensor) -> Tensor:
     """The code of the level that is nearest to each weight."""
     best, least = torch.zeros_like(groups, dtype=torch.uint8), torch.full_like(groups, math.inf)
     for code in range(2 ** scale.shape[-1]):
-        level = _levels(torch.full((1, 1, 1), code, dtype=torch.uint8, device=groups.device), scale)
+        level = plane_levels(torch.full((1, 1, 1), code, dtype=torch.uint8, device=groups.device), scale)
         error = (level * column - groups).square_()
         better = error < least
         best.masked_fill_(better, code)
@@ -302,8 +360,8 @@ def _coded(planes: Tensor) -> Tensor:
     return ((planes > 0) * places).sum(dim=-1).to(torch.uint8)
 
 
-def _levels(codes: Tensor, scale: Tensor) -> Tensor:
-    """sum_k r_k B_k of codes [R, G, g] and row scales [R, G, b]."""
+def plane_levels(codes: Tensor, scale: Tensor) -> Tensor:
+    """sum_k r_k B_k, what binary codes [..., g] stand for, of row scales [..., b]: [..., g]."""
     out = torch.zeros((), dtype=scale.dtype, device=scale.device)
     for plane in range(scale.shape[-1]):
         sign = ((codes >> plane) & 1).to(scale.dtype) * 2 - 1

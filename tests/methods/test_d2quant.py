@@ -113,7 +113,7 @@ def test_t3_no_step_of_the_binary_fit_raises_the_error(bits: int, monkeypatch: p
     groups = weight.unflatten(1, (-1, G))
 
     def told(scale: Tensor, codes: Tensor, column: Tensor) -> None:
-        seen.append(float((d2quant._levels(codes, scale) * column - groups).square().sum()))
+        seen.append(float((d2quant.plane_levels(codes, scale) * column - groups).square().sum()))
 
     rows, nearest, state = d2quant._rows, d2quant._nearest, {}
 
@@ -152,7 +152,7 @@ def test_t6_binary_matrices_are_found_again(bits: int, most: float) -> None:
     for seed in range(5):
         r, c = normal(seed, 64, 1, bits).abs() + 0.2, normal(seed + 50, 1, G).abs() + 0.2
         codes = torch.randint(2**bits, (64, 1, G), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-        weight = (d2quant._levels(codes, r) * c).flatten(1)
+        weight = (d2quant.plane_levels(codes, r) * c).flatten(1)
         assert error(weight, quantize_down(weight, bits, G, "binary", 40 if bits == 2 else 15)) < most
 
 
