@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 COLORS = ("#3b6fd4", "#e07b39", "#2f9e6e", "#b4459c", "#8a7a3d", "#5b8aa6", "#c2434a")
-PHASES = ("data", "generate", "score", "train", "push", "record", "watch", "validate", "evaluate", "checkpoint", "other")
+PHASES = ("quantise", "data", "generate", "score", "train", "push", "record", "watch", "validate", "evaluate", "checkpoint", "other")
 _TITLES = {
     "reward": "Reward",
     "exact_match": "Share of exact matches",

@@ -1,0 +1,267 @@
+"""Quantisation: bits by layer, codes layer after layer, a checkpoint that vLLM serves, and what is left of the model.
+
+Layers are scored by Ray tasks, each from its own shards. One actor then goes through the model; what it knows lies in files, so that a
+run that was killed goes on at the layer it hit.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raysys.assembly import Hardware
+from raysys.checks import local_or_id
+from raysys.compression.calibration import token_windows, warnings
+from raysys.config.quantising import BY_WEIGHTS, QuantizeConfig, Windows
+from raysys.data.text import context_length
+from raysys.errors import ConfigError
+from raysys.files import append_json, read_json_lines, write_json
+from raysys.quantising_work import Quantiser, Work, layer_of
+from raysys.report.live import Live
+from raysys.report.metrics import MetricsWriter
+from raysys.report.progress import Progress
+from raysys.runtime import get, waits
+
+if TYPE_CHECKING:
+    from raysys.compression.shards import Checkpoint
+    from raysys.job import Session
+
+log = logging.getLogger("raysys")
+
+MAP = "layer_map.json"
+"""Bits, scores and their components by layer, in a run's folder."""
+FEW_LAYERS = 12
+"""Below, medians over layers are noise (NSDS spec, section 12)."""
+
+
+def check_quantize(config: QuantizeConfig) -> None:
+    """The checkpoint's headers, its shapes against the groups, and the windows. Raises ConfigError or DataError."""
+    checkpoint = _opened(config)
+    _check_groups(config, checkpoint)
+    for key, part in _windows(config):
+        limit = context_length(str(checkpoint.folder))
+        if limit is not None and part.length > limit:
+            raise ConfigError(f"{key}.length={part.length} exceeds the {limit} tokens that {config.model} holds", f"lower {key}.length")
+        token_windows(part, str(checkpoint.folder), config.seed, key, in_order=key == "evaluation")
+
+
+def run_quantize(config: QuantizeConfig, session: Session) -> None:
+    """Scores, bits, layers, files, perplexity."""
+    hardware = Hardware.choose(config, config.dtype, 1)
+    checkpoint = _opened(config)
+    calibration, held_out = (_read(config, checkpoint, key, part) for key, part in _both(config))
+    progress = {"step": 0, "phase": "score"}
+    with Live(session.folder, session.job, lambda: _status(session, progress)):
+        bits = _allocated(config, checkpoint, session)
+        about = _about(config, checkpoint, calibration.digest if calibration is not None else None)
+        work = Work(config, checkpoint.folder, session.folder, bits, calibration, held_out, hardware.device, hardware.dtype, about)
+        progress["phase"] = "train"
+        with _quantiser(config, work, hardware) as ask:
+            _layers(config, session, bits, ask, progress)
+            told = ask("finish", "deadlines.checkpoint", config.deadlines.checkpoint)
+            progress["phase"] = "evaluate"
+            _evaluate(config, session, ask, told)
+    session.ledger.finish(len(bits))
+    log.info("weights: %s", session.folder / ("export" if config.served else "dequantised"))
+
+
+# -- before
+
+
+def _opened(config: QuantizeConfig) -> Checkpoint:
+    """The checkpoint, fetched if it has a hub's name. Raises ConfigError: see `Checkpoint.open`."""
+    from raysys.compression.shards import Checkpoint
+
+    return Checkpoint.open(_fetched(local_or_id(config.model)))
+
+
+def _fetched(model: str) -> str:
+    if Path(model).is_dir():
+        return model
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
+    except Exception as error:  # of the network, of the hub, of the name: each has errors of its own
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"model={model} is no folder, and a hub does not give it: {told}", "give a Hugging Face folder") from None
+
+
+def _check_groups(config: QuantizeConfig, checkpoint: Checkpoint) -> None:
+    for name, (_, columns) in checkpoint.shapes.items():
+        if columns % config.group_size:
+            raise ConfigError(
+                f"{config.model}: {name} has {columns} inputs, which groups of group_size={config.group_size} do not divide",
+                "set group_size to a divisor",
+            )
+    if config.rotation and checkpoint.tied:
+        log.info("the embedding of %s is its unembedding too: rotation needs two, so the file will have a head of its own", config.model)
+    if config.allocation in BY_WEIGHTS and checkpoint.layers < FEW_LAYERS:
+        log.warning("allocation=%s compares layers with their median, and %d layers make a noisy one", config.allocation, checkpoint.layers)
+
+
+def _both(config: QuantizeConfig) -> Sequence[tuple[str, Windows | None]]:
+    return ("calibration", config.calibration), ("evaluation", config.evaluation)
+
+
+def _windows(config: QuantizeConfig) -> list[tuple[str, Windows]]:
+    return [(key, part) for key, part in _both(config) if part is not None]
+
+
+def _read(config: QuantizeConfig, checkpoint: Checkpoint, key: str, part: Windows | None) -> Any:
+    if part is None:
+        return None
+    windows = token_windows(part, str(checkpoint.folder), config.seed, key, in_order=key == "evaluation")
+    widest = max(columns for _, columns in checkpoint.shapes.values()) if key == "calibration" else 0
+    for line in warnings(windows, part.samples, widest, key):
+        log.warning(line)
+    log.info("%s: %d windows, %d tokens, digest %s", key, len(windows), windows.tokens, windows.digest[:12])
+    return windows
+
+
+def _about(config: QuantizeConfig, checkpoint: Checkpoint, calibration: str | None) -> dict[str, Any]:
+    """What the file's metadata say of how it was made."""
+    names = ("method", "bits", "allocation", "low", "high", "group_size", "rotation", "seed")
+    return {name: getattr(config, name) for name in names} | {
+        "source": str(config.model),
+        "source_digest": checkpoint.digest(),
+        "calibration_digest": calibration,
+        "correction": "none",
+        "gptq": config.gptq.model_dump() if config.method != "rtn" else None,
+        "d2quant": config.d2quant.model_dump() if config.method == "d2quant" else None,
+    }
+
+
+# -- which layers get more
+
+
+def _allocated(config: QuantizeConfig, checkpoint: Checkpoint, session: Session) -> list[int]:
+    """Bits by layer, written down with what they rest on. A run that goes on takes what it wrote."""
+    path = session.folder / MAP
+    if path.is_file():
+        return list(json.loads(path.read_text())["bits"])
+    from raysys.compression import sensitivity
+
+    layers = checkpoint.layers
+    facts = _facts(config, checkpoint, session) if config.allocation in BY_WEIGHTS else None
+    if config.allocation == "uniform":
+        bits, scores, series = [int(config.bits)] * layers, None, None
+    else:
+        scores, series = layer_of(config, checkpoint, facts)
+        bits = sensitivity.bits(scores, [_size(checkpoint)] * layers, config.bits, config.low, config.high)
+    average = sum(bits) / layers
+    log.info("bits by layer: %s (%.3g on average)", " ".join(map(str, bits)), average)
+    if config.allocation != "uniform" and average < config.bits - 1e-9:
+        log.info("bits=%g cannot be met exactly by whole layers; %.4g is used", config.bits, average)
+    write_json(path, {"bits": bits, "allocation": config.allocation, "scores": scores, "series": series})
+    return bits
+
+
+def _size(checkpoint: Checkpoint) -> int:
+    return sum(rows * columns for rows, columns in checkpoint.shapes.values())
+
+
+def _facts(config: QuantizeConfig, checkpoint: Checkpoint, session: Session) -> list[Any]:
+    """What a task finds out about each layer; kept in files, so that none is asked twice."""
+    import ray
+
+    from raysys.quantising_work import facts_of
+    from raysys.runtime import compute_environment
+
+    folder = session.folder / "ledger" / "facts"
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{i:05d}.json" for i in range(checkpoint.layers)]
+    left = [i for i, path in enumerate(paths) if not path.is_file()]
+    if left:
+        log.info("%s: looking at the weights of %d layers", config.allocation, len(left))
+        environment = {"env_vars": compute_environment(config.threads)}
+        task = ray.remote(num_cpus=config.threads, max_retries=2, runtime_env=environment)(facts_of)
+        shared = ray.put(None if config.allocation != "nsds" else get(
+            ray.remote(num_cpus=config.threads, runtime_env=environment)(basis_of).remote(str(checkpoint.folder), config),
+            timeout=config.deadlines.score, actor="the unembedding's task", operation="score", knob="deadlines.score",
+        ))  # fmt: skip
+        limit = config.scoring_tasks or len(left)
+        running: dict[Any, int] = {}
+        waiting = list(reversed(left))
+        while waiting or running:
+            while waiting and len(running) < limit:
+                i = waiting.pop()
+                running[task.remote(str(checkpoint.folder), i, config, shared)] = i
+            (done, *_), _ = ray.wait(list(running), num_returns=1, timeout=config.deadlines.score)
+            write_json(paths[running.pop(done)], get(done, timeout=1.0, actor="scoring", operation="score", knob="deadlines.score"))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def basis_of(folder: str, config: QuantizeConfig) -> Any:
+    from raysys.compression.sensitivity import basis
+
+    return basis(folder, config.energy)
+
+
+# -- the actor
+
+
+@contextmanager
+def _quantiser(config: QuantizeConfig, work: Work, hardware: Hardware) -> Iterator[Any]:
+    """Asks the actor, with a deadline: `ask(method, knob, seconds, *arguments)`."""
+    import ray
+
+    from raysys.runtime import compute_environment
+
+    place = {"num_gpus": 1} if hardware.device == "gpu" else {"num_cpus": 1}
+    actor: Any = ray.remote(**place, runtime_env={"env_vars": compute_environment(config.threads)})(Quantiser).remote(work)
+
+    def ask(method: str, knob: str, seconds: float, *arguments: Any) -> Any:
+        return get(getattr(actor, method).remote(*arguments), timeout=seconds, actor="the quantiser", operation=method, knob=knob)
+
+    try:
+        ask("start", "deadlines.start", config.deadlines.start)
+        yield ask
+    finally:
+        ray.kill(actor)
+
+
+def _layers(config: QuantizeConfig, session: Session, bits: Sequence[int], ask: Any, progress: dict[str, Any]) -> None:
+    """One line of metrics a layer; those of finished layers are written again."""
+    done = ask("records", "deadlines.checkpoint", config.deadlines.checkpoint)
+    if done:
+        log.info("resumed: %d of %d layers are finished", len(done), len(bits))
+    shown = Progress(len(bits))
+    with MetricsWriter(session.folder, session.job, session.folder.name) as metrics:
+        for i in range(len(bits)):
+            fresh = i >= len(done)
+            began = time.monotonic()
+            record = ask("layer", "deadlines.train", config.deadlines.train, i) if fresh else done[i]
+            seconds = record.get("seconds", time.monotonic() - began)
+            line = {"step": i, "version": 0, "layer_bits": bits[i]} | {key: value for key, value in record.items() if key != "seconds"}
+            line["seconds"] = {"quantise": seconds, "total": seconds}
+            metrics.write(line)
+            progress["step"] = i + 1
+            if fresh:
+                session.ledger.committed = session.ledger.step + i + 1  # a restart has something to go on from
+                shown.show(line)
+
+
+def _evaluate(config: QuantizeConfig, session: Session, ask: Any, told: Mapping[str, Any]) -> None:
+    """Perplexity of the model before and after, with the sizes of both files; what is on record is not measured again."""
+    path = session.folder / "evaluation.jsonl"
+    known = {record["label"] for _, record in read_json_lines(path)}
+    for label, sizes in told["models"].items():
+        if label in known:
+            continue
+        measures = dict(sizes)
+        if config.evaluation is not None:
+            found = ask("perplexity", "deadlines.train", config.deadlines.train, label)
+            measures = {"perplexity": found["perplexity"], "nll": found["nll"]} | measures
+        append_json(path, {"step": 0, "label": label, "mean": 0.0, "domains": {}, "measures": measures})
+        log.info("%s: %s", label, "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measures.items()))
+
+
+def _status(session: Session, progress: Mapping[str, Any]) -> dict[str, Any]:
+    facts = {"run": session.folder.name, "submission_id": session.submission_id, "waits": waits(), "trainers": ["quantiser"]}
+    return facts | dict(progress)
