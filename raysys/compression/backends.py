@@ -39,12 +39,13 @@ def rtn(
 
     Args:
         weight: [R, n].
-        column: with a scale for each column (DSQ), which has to be absorbed: for down-projections. Binary levels have it always.
+        column: with a scale for each column (DSQ), which has to be absorbed: for down-projections.
+        levels, iterations: with `column`; without, levels are uniform.
+        symmetric: without `column`; with it the grid is.
 
     Raises:
-        ValueError: see `methods.d2quant.quantize` and `quantize_down`; binary levels without `column`; a zero point with it.
+        ValueError: see `methods.d2quant.quantize` and `quantize_down`.
     """
-    _check_levels(levels, column, symmetric)
     if column:
         return quantize_down(weight, bits, group_size, levels, iterations)
     return quantize(weight, bits, group_size, symmetric)
@@ -76,15 +77,15 @@ def gptq(
         order: of columns, "group" or "none"; no index has to be stored for either.
         alpha: strength of the asymmetric term.
         down: with a scale for each column, as `rtn` with `column`; it is fitted anew in each group, on the weights as they stand there.
-        levels, iterations: of `down`.
+        levels, iterations: with `down`; without, levels are uniform.
+        symmetric: without `down`; with it the grid is.
 
     Returns:
         Columns whose input was always zero are zero.
 
     Raises:
-        ValueError: shapes or numbers that do not fit; see `rtn` and `Statistics.factor`.
+        ValueError: shapes or numbers that do not fit, weights that are no finite numbers, a Hessian that cannot be factored.
     """
-    _check_levels(levels, down, symmetric)
     if weight.dim() != 2 or not weight.is_floating_point() or weight.shape[1] != statistics.columns:
         raise ValueError(f"weight must be floating [out, {statistics.columns}], got {weight.dtype} of shape {list(weight.shape)}")
     if not bool(torch.isfinite(weight).all()):
@@ -118,13 +119,6 @@ def gptq(
             codes.append(_columns(group, grid, bits, pull[inside, done : done + group_size * each], push[done : done + group_size * each]))
         work[end:].addmm_(pull[end - start :], push, alpha=-1)
     return _in_order(made, torch.cat(codes), factor.order, group_size, weight.dtype)
-
-
-def _check_levels(levels: Levels, column: bool, symmetric: bool) -> None:
-    if levels != "uniform" and not column:
-        raise ValueError(f"levels {levels!r} are fitted with a scale for each column, which is off: uniform levels are without")
-    if column and not symmetric:
-        raise ValueError("a scale for each column goes with a symmetric grid only")
 
 
 def _pull(factor: Factor, start: int, end: int, alpha: float, dtype: torch.dtype) -> Tensor:

@@ -19,13 +19,14 @@ float64 stays float64, lower precisions compute in float32. Shapes are checked; 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from raysys.methods.d2quant_kernels import compiled
 from raysys.methods.tensors import compute_dtype
 
 Levels = Literal["uniform", "binary"]
@@ -36,6 +37,8 @@ _LEAST_PERCENT = 20
 """Of the full range, where the search for a clipped one ends."""
 _FARTHEST = 64.0
 """How far a column's scale may be from its group's median, as a factor."""
+_AT_ONCE = {False: 2**20, True: 2**26}
+"""Weights whose ranges are searched together, on a processor and on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -167,40 +170,61 @@ def deviation_bias(teacher_sum: Tensor, student_sum: Tensor, tokens: int, streng
 def _searched(groups: Tensor, bits: int, symmetric: bool, column: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
     """Scale [R, G], zero, and codes [R, G, g] of the best range of each group; errors count times `column` [G, g]."""
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
-    best: tuple[Tensor, Tensor, Tensor] | None = None
-    for scale, zero in _ranges(groups, bits, symmetric):
-        codes = (groups / scale + zero).round_().clamp_(low, high)
-        off = (codes - zero) * scale - groups
-        error = (off if column is None else off * column).square_().sum(dim=-1, keepdim=True)
-        if best is None:
-            best = (error, scale, zero)
-            continue
-        better = error < best[0]
-        best = tuple(torch.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True))  # type: ignore[assignment]
-    assert best is not None
-    _, scale, zero = best
-    codes = (groups / scale + zero).round_().clamp_(low, high)
-    kept = codes.to(torch.int8 if symmetric else torch.uint8)
-    return scale.squeeze(-1), None if symmetric else zero.squeeze(-1).to(torch.int16), kept
+    rows = max(1, _AT_ONCE[groups.is_cuda] // groups[0].numel())
+    parts = []
+    for some in groups.split(rows):
+        whole, zero = _whole(some, bits, symmetric)
+        percent = _best_percent(some, whole, zero, bits, symmetric, column)
+        scale = whole * (percent.to(torch.float64) / 100).to(whole.dtype)
+        codes = (some / scale).add_(zero).round_().clamp_(low, high)
+        parts.append((scale.squeeze(-1), zero.squeeze(-1).to(torch.int16), codes.to(torch.int8 if symmetric else torch.uint8)))
+    scale, zero, codes = (torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts))
+    return scale, None if symmetric else zero, codes
 
 
-def _ranges(groups: Tensor, bits: int, symmetric: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Scales and zero points [R, G, 1] to try, in steps of one percent, large ones first."""
+def _whole(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Step of the full range and zero point, [R, G, 1]."""
+    bottom, top = groups.amin(dim=-1, keepdim=True).clamp_max(0), groups.amax(dim=-1, keepdim=True).clamp_min(0)
     if symmetric:
-        whole = groups.abs().amax(dim=-1, keepdim=True) / 2 ** (bits - 1)
-        whole = whole.where(whole > 0, 1.0)
-        none = torch.zeros_like(whole)
-        # The grid is longer on the negative side: a sign says which side of the weights gets that level, and a step is at most
-        # as large as puts the shorter side's end on the largest weight.
-        for percent in range(math.ceil(100 * 2 ** (bits - 1) / (2 ** (bits - 1) - 1)), _LEAST_PERCENT - 1, -1):
-            yield whole * (percent / 100), none
-            yield whole * (-percent / 100), none
-        return
-    top, bottom = groups.amax(dim=-1, keepdim=True).clamp_min(0), groups.amin(dim=-1, keepdim=True).clamp_max(0)
+        whole = torch.maximum(-bottom, top) / 2 ** (bits - 1)
+        return whole.where(whole > 0, 1.0), torch.zeros_like(whole)
     whole = (top - bottom) / (2**bits - 1)
     whole = whole.where(whole > 0, 1.0)
-    for percent in range(100, _LEAST_PERCENT - 1, -1):
-        yield whole * (percent / 100), (-bottom / whole).round_().clamp_(0, 2**bits - 1)
+    return whole, (-bottom / whole).round_().clamp_(0, 2**bits - 1)
+
+
+def _best_percent(groups: Tensor, whole: Tensor, zero: Tensor, bits: int, symmetric: bool, column: Tensor | None) -> Tensor:
+    """[R, G, 1] in steps of one percent of `whole`, large ones first; negative: the symmetric grid the other way round.
+
+    The grid is longer on the negative side: a sign says which side of the weights gets that level, and a step is at most as large as puts
+    the shorter side's end on the largest weight.
+    """
+    first = math.ceil(100 * 2 ** (bits - 1) / (2 ** (bits - 1) - 1)) if symmetric else 100
+    percents = range(first, _LEAST_PERCENT - 1, -1)
+    below = zero + 2 ** (bits - 1) if symmetric else zero
+    if groups.device.type != "cpu":
+        return _tried(groups, whole, below, 2**bits, percents, symmetric, column)
+    squares = torch.ones_like(groups[:1, 0]) if column is None else column.square()
+    best = torch.empty(whole.shape, dtype=torch.int32)
+    flat = (groups.contiguous().flatten(0, 1), squares, whole.flatten(), below.flatten())
+    compiled(bits)(*(one.numpy() for one in flat), 2**bits, np.array(percents), symmetric, best.view(-1).numpy())
+    return best
+
+
+def _tried(groups: Tensor, whole: Tensor, below: Tensor, codes: int, percents: range, mirrored: bool, column: Tensor | None) -> Tensor:
+    """`best_by_sums` for any device."""
+    best, least = torch.zeros_like(whole, dtype=torch.int32), torch.full_like(whole, math.inf)
+    for percent in percents:
+        scale = whole * (percent / 100)
+        steps = (groups / scale).round_()
+        for sign in (1, -1) if mirrored else (1,):
+            low, high = (-below, codes - 1 - below) if sign > 0 else (below - codes + 1, below)
+            off = torch.maximum(torch.minimum(steps, high), low).mul_(scale).sub_(groups)
+            error = (off if column is None else off.mul_(column)).square_().sum(dim=-1, keepdim=True)
+            better = error < least
+            best.masked_fill_(better, sign * percent)
+            least = torch.where(better, error, least)
+    return best
 
 
 def _uniform(groups: Tensor, bits: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:

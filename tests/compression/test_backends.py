@@ -154,6 +154,7 @@ def test_kinds_of_numbers_are_kept() -> None:
 def test_rtn_is_the_quantiser_of_the_method() -> None:
     weight = normal(20, 4, 2 * G)
     assert torch.equal(rtn(weight, 2, G).codes, quantize(weight, 2, G).codes)
+    assert torch.equal(rtn(weight, 2, G, "binary").codes, quantize(weight, 2, G).codes)  # levels of another kind are those of columns
     assert torch.equal(rtn(weight, 2, G, symmetric=False).codes, quantize(weight, 2, G, False).codes)
     for levels in ("uniform", "binary"):
         assert torch.equal(rtn(weight, 2, G, levels, column=True).codes, quantize_down(weight, 2, G, levels).codes)
@@ -162,8 +163,7 @@ def test_rtn_is_the_quantiser_of_the_method() -> None:
 @pytest.mark.parametrize(
     ("call", "told"),
     [
-        (lambda w, s: rtn(w, 2, G, "binary"), "levels 'binary' are fitted with a scale for each column"),
-        (lambda w, s: rtn(w, 2, G, column=True, symmetric=False), "a scale for each column goes with a symmetric grid only"),
+        (lambda w, s: rtn(w, 1, G), "bits must be 2 to 8, got 1"),
         (lambda w, s: gptq(w[:, :G], s, 2, G), r"weight must be floating \[out, 32\], got torch.float64 of shape \[4, 16\]"),
         (lambda w, s: gptq(w / 0, s, 2, G), "weight must hold finite numbers only"),
         (lambda w, s: gptq(w, s, 2, 5), "group_size must divide the input width 32, got 5"),
