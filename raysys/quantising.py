@@ -19,13 +19,13 @@ from raysys.checks import local_or_id
 from raysys.compression.calibration import token_windows, warnings
 from raysys.config.quantising import BY_WEIGHTS, QuantizeConfig, Windows
 from raysys.data.text import context_length
-from raysys.errors import ConfigError
+from raysys.errors import ConfigError, DeadlineError
 from raysys.files import append_json, read_json_lines, write_json
-from raysys.quantising_work import Quantiser, Work, layer_of
+from raysys.quantising_work import Quantiser, Work, facts_of, unembedding_of
 from raysys.report.live import Live
 from raysys.report.metrics import MetricsWriter
 from raysys.report.progress import Progress
-from raysys.runtime import get, waits
+from raysys.runtime import compute_environment, get, waits
 
 if TYPE_CHECKING:
     from raysys.compression.shards import Checkpoint
@@ -35,8 +35,6 @@ log = logging.getLogger("raysys")
 
 MAP = "layer_map.json"
 """Bits, scores and their components by layer, in a run's folder."""
-FEW_LAYERS = 12
-"""Below, medians over layers are noise (NSDS spec, section 12)."""
 
 
 def check_quantize(config: QuantizeConfig) -> None:
@@ -66,6 +64,7 @@ def run_quantize(config: QuantizeConfig, session: Session) -> None:
             told = ask("finish", "deadlines.checkpoint", config.deadlines.checkpoint)
             progress["phase"] = "evaluate"
             _evaluate(config, session, ask, told)
+            ask("close", "deadlines.checkpoint", config.deadlines.checkpoint)
     session.ledger.finish(len(bits))
     log.info("weights: %s", session.folder / ("export" if config.served else "dequantised"))
 
@@ -99,10 +98,12 @@ def _check_groups(config: QuantizeConfig, checkpoint: Checkpoint) -> None:
                 f"{config.model}: {name} has {columns} inputs, which groups of group_size={config.group_size} do not divide",
                 "set group_size to a divisor",
             )
+    if config.rotation:
+        from raysys.compression.rotated import check
+
+        check(checkpoint)
     if config.rotation and checkpoint.tied:
         log.info("the embedding of %s is its unembedding too: rotation needs two, so the file will have a head of its own", config.model)
-    if config.allocation in BY_WEIGHTS and checkpoint.layers < FEW_LAYERS:
-        log.warning("allocation=%s compares layers with their median, and %d layers make a noisy one", config.allocation, checkpoint.layers)
 
 
 def _both(config: QuantizeConfig) -> Sequence[tuple[str, Windows | None]]:
@@ -142,65 +143,53 @@ def _about(config: QuantizeConfig, checkpoint: Checkpoint, calibration: str | No
 
 def _allocated(config: QuantizeConfig, checkpoint: Checkpoint, session: Session) -> list[int]:
     """Bits by layer, written down with what they rest on. A run that goes on takes what it wrote."""
-    path = session.folder / MAP
+    from raysys.compression.sensitivity import bits as spend
+    from raysys.compression.sensitivity import judge, sizes_of
+
+    path, layers = session.folder / MAP, checkpoint.layers
     if path.is_file():
         return list(json.loads(path.read_text())["bits"])
-    from raysys.compression import sensitivity
-
-    layers = checkpoint.layers
-    facts = _facts(config, checkpoint, session) if config.allocation in BY_WEIGHTS else None
+    record: dict[str, Any] = {"allocation": config.allocation, "scores": None, "series": None}
     if config.allocation == "uniform":
-        bits, scores, series = [int(config.bits)] * layers, None, None
+        bits = [int(config.bits)] * layers
     else:
-        scores, series = layer_of(config, checkpoint, facts)
-        bits = sensitivity.bits(scores, [_size(checkpoint)] * layers, config.bits, config.low, config.high)
-    average = sum(bits) / layers
-    log.info("bits by layer: %s (%.3g on average)", " ".join(map(str, bits)), average)
-    if config.allocation != "uniform" and average < config.bits - 1e-9:
-        log.info("bits=%g cannot be met exactly by whole layers; %.4g is used", config.bits, average)
-    write_json(path, {"bits": bits, "allocation": config.allocation, "scores": scores, "series": series})
+        facts = _facts(config, checkpoint, session) if config.allocation in BY_WEIGHTS else [{}] * layers
+        judged = judge(config.allocation, facts, seed=config.seed)
+        bits = spend(judged.scores, sizes_of(checkpoint), config.bits, config.low, config.high)
+        if judged.parts:
+            record |= {"scores": judged.scores, "series": judged.parts}
+    log.info("bits by layer: %s", " ".join(map(str, bits)))
+    if (average := sum(bits) / layers) < config.bits - 1e-9:
+        log.info("whole layers cannot meet bits=%g on average exactly; %.4g is used", config.bits, average)
+    write_json(path, {"bits": bits} | record)
     return bits
 
 
-def _size(checkpoint: Checkpoint) -> int:
-    return sum(rows * columns for rows, columns in checkpoint.shapes.values())
-
-
-def _facts(config: QuantizeConfig, checkpoint: Checkpoint, session: Session) -> list[Any]:
-    """What a task finds out about each layer; kept in files, so that none is asked twice."""
+def _facts(config: QuantizeConfig, checkpoint: Checkpoint, session: Session) -> list[dict[str, float]]:
+    """What tasks find out about the layers' weights; kept in files, so that none is asked twice."""
     import ray
-
-    from raysys.quantising_work import facts_of
-    from raysys.runtime import compute_environment
 
     folder = session.folder / "ledger" / "facts"
     folder.mkdir(exist_ok=True)
     paths = [folder / f"{i:05d}.json" for i in range(checkpoint.layers)]
-    left = [i for i, path in enumerate(paths) if not path.is_file()]
-    if left:
-        log.info("%s: looking at the weights of %d layers", config.allocation, len(left))
-        environment = {"env_vars": compute_environment(config.threads)}
-        task = ray.remote(num_cpus=config.threads, max_retries=2, runtime_env=environment)(facts_of)
-        shared = ray.put(None if config.allocation != "nsds" else get(
-            ray.remote(num_cpus=config.threads, runtime_env=environment)(basis_of).remote(str(checkpoint.folder), config),
-            timeout=config.deadlines.score, actor="the unembedding's task", operation="score", knob="deadlines.score",
-        ))  # fmt: skip
-        limit = config.scoring_tasks or len(left)
-        running: dict[Any, int] = {}
-        waiting = list(reversed(left))
+    waiting = [i for i, path in reversed(list(enumerate(paths))) if not path.is_file()]
+    if waiting:
+        log.info("%s: looking at the weights of %d layers", config.allocation, len(waiting))
+        settings: Any = {"num_cpus": 1, "max_retries": 2, "runtime_env": {"env_vars": compute_environment(config.threads)}}
+        limit = config.deadlines.score
+        basis = ray.remote(**settings)(unembedding_of).remote(checkpoint, config)
+        get(basis, timeout=limit, actor="the unembedding's task", operation="score", knob="deadlines.score")
+        task, running = ray.remote(**settings)(facts_of), dict[Any, int]()
         while waiting or running:
-            while waiting and len(running) < limit:
+            while waiting and len(running) < (config.scoring_tasks or checkpoint.layers):
                 i = waiting.pop()
-                running[task.remote(str(checkpoint.folder), i, config, shared)] = i
-            (done, *_), _ = ray.wait(list(running), num_returns=1, timeout=config.deadlines.score)
-            write_json(paths[running.pop(done)], get(done, timeout=1.0, actor="scoring", operation="score", knob="deadlines.score"))
+                running[task.remote(checkpoint, i, config, basis)] = i
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=limit)
+            if not ready:
+                raise DeadlineError("a scoring task", "score", limit, "deadlines.score")
+            found = get(ready[0], timeout=limit, actor="a scoring task", operation="score", knob="deadlines.score")
+            write_json(paths[running.pop(ready[0])], found)
     return [json.loads(path.read_text()) for path in paths]
-
-
-def basis_of(folder: str, config: QuantizeConfig) -> Any:
-    from raysys.compression.sensitivity import basis
-
-    return basis(folder, config.energy)
 
 
 # -- the actor
@@ -211,10 +200,9 @@ def _quantiser(config: QuantizeConfig, work: Work, hardware: Hardware) -> Iterat
     """Asks the actor, with a deadline: `ask(method, knob, seconds, *arguments)`."""
     import ray
 
-    from raysys.runtime import compute_environment
-
-    place = {"num_gpus": 1} if hardware.device == "gpu" else {"num_cpus": 1}
-    actor: Any = ray.remote(**place, runtime_env={"env_vars": compute_environment(config.threads)})(Quantiser).remote(work)
+    place: dict[str, Any] = {"num_gpus": 1} if hardware.device == "gpu" else {"num_cpus": 1}
+    place["runtime_env"] = {"env_vars": compute_environment(config.threads)}
+    actor: Any = ray.remote(**place)(Quantiser).remote(work)
 
     def ask(method: str, knob: str, seconds: float, *arguments: Any) -> Any:
         return get(getattr(actor, method).remote(*arguments), timeout=seconds, actor="the quantiser", operation=method, knob=knob)

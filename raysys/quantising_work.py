@@ -13,7 +13,9 @@ from raysys.compression.calibration import TokenWindows
 from raysys.config.quantising import QuantizeConfig
 
 if TYPE_CHECKING:
-    from raysys.compression.pipeline import Layers, Pipeline
+    from raysys.compression.export import Export
+    from raysys.compression.pipeline import Pipeline
+    from raysys.compression.plain import Plain
     from raysys.compression.shards import Checkpoint
 
 EXPORT, PLAIN = "export", "dequantised"
@@ -49,6 +51,22 @@ class Work:
     @property
     def corrects(self) -> bool:
         return self.config.method == "d2quant" and self.config.d2quant.correction
+
+
+def unembedding_of(checkpoint: Checkpoint, config: QuantizeConfig) -> Any:
+    """What NSDS reads layers against; None for other allocations."""
+    from raysys.compression.sensitivity import basis_of
+
+    return basis_of(checkpoint, config.energy) if config.allocation == "nsds" else None
+
+
+def facts_of(checkpoint: Checkpoint, i: int, config: QuantizeConfig, basis: Any) -> dict[str, float]:
+    """What the allocation needs to know of a layer. See `layer_facts`."""
+    from raysys.compression.sensitivity import layer_facts
+
+    criterion: Any = config.allocation
+    options: dict[str, Any] = {"energy": config.energy, "form": config.expressiveness, "low": config.low, "group_size": config.group_size}
+    return layer_facts(checkpoint, i, [criterion], basis, **options)
 
 
 class Quantiser:
@@ -130,28 +148,25 @@ class Quantiser:
     @cached_property
     def _pipeline(self) -> Pipeline:
         from raysys.compression.pipeline import Pipeline
+        from raysys.compression.rotated import Rotated
 
-        work = self._work
+        work, sink = self._work, self._sink()
+        rotated = Rotated(self._checkpoint, work.config.seed) if work.config.rotation else None
         return Pipeline(
             work.config,
-            self._source(),
+            rotated or self._checkpoint,
             work.bits,
             work.calibration,
             work.folder,
-            [self._sink()],
+            [sink],
             device=self._device,
             dtype=self._dtype,
+            stored=sink.dtype,
             folds=self._folds,
+            rest=None if rotated is None else rotated.rest,
         )
 
-    def _source(self) -> Layers:
-        if not self._work.config.rotation:
-            return self._checkpoint
-        from raysys.compression.rotation import Rotated  # type: ignore[attr-defined]
-
-        return Rotated(self._checkpoint, self._work.config.seed)
-
-    def _sink(self) -> Any:
+    def _sink(self) -> Export | Plain:
         work = self._work
         about = work.about | ({"correction": FOLDED if self._folds else LEFT_OUT} if work.corrects else {})
         if not work.config.served:

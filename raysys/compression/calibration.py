@@ -181,8 +181,13 @@ def _encoded(rows: Sequence[Row], tokenizer: str, data: Data) -> list[tuple[list
     for answered in (True, False):
         own = [(number, row) for number, row in enumerate(rows) if bool(row.target or row.parts) == answered]
         if own:
-            limits = {"max_prompt_tokens": _ANY_LENGTH, "max_response_tokens": _ANY_LENGTH}
-            encoder = Encoder(tokenizer, **limits, supervised=answered, enable_thinking=data.enable_thinking)
+            encoder = Encoder(
+                tokenizer,
+                max_prompt_tokens=_ANY_LENGTH,
+                max_response_tokens=_ANY_LENGTH,
+                supervised=answered,
+                enable_thinking=data.enable_thinking,
+            )
             for (number, _), one in zip(own, encoder.encode([row for _, row in own]), strict=True):
                 if not isinstance(one, BadRow):
                     found.append((number, [*one.prompt, *(one.response or [])], len(one.prompt) if one.response else 1))

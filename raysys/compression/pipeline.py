@@ -27,6 +27,7 @@ from raysys.compression.backends import gptq, rtn
 from raysys.compression.blocks import Block, Skeleton, check_halves
 from raysys.compression.calibration import TokenWindows
 from raysys.compression.corrections import Corrections
+from raysys.compression.shards import EMBEDDING, LINEARS
 from raysys.compression.statistics import Statistics
 from raysys.compression.streams import States, Stream
 from raysys.config.quantising import QuantizeConfig
@@ -36,8 +37,6 @@ from raysys.methods.d2quant import Quantized, absorb, deviation_bias
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 OUT, GATE, UP, DOWN = "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
-LINEARS = (*ATTENTION, OUT, GATE, UP, DOWN)
-EMBEDDING = "model.embed_tokens.weight"
 
 
 class Layers(Protocol):
@@ -70,6 +69,7 @@ class Pipeline:
         folder: of the run. Hidden states lie in `states/`, what is known of finished layers in `ledger/layers/`.
         sinks: all get every layer.
         device, dtype: of the computation; weights are quantised in float32 at least.
+        stored: dtype of the files' scales and biases; None: the weights' own.
         folds: gate and up have a place for a bias, so that DAC can be part of the files.
         rest: tensors outside of the layers, if they are not the source's own.
 
@@ -87,6 +87,7 @@ class Pipeline:
         sinks: Sequence[Sink],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        stored: torch.dtype | None = None,
         folds: bool = False,
         rest: Callable[[], Iterable[tuple[str, Tensor]]] | None = None,
     ):
@@ -94,7 +95,7 @@ class Pipeline:
             raise ValueError(f"bits must be of {checkpoint.layers} layers, got {len(bits)}")
         self._config, self._checkpoint, self._bits, self._windows = config, checkpoint, list(bits), windows
         self._sinks, self._device, self._dtype = list(sinks), torch.device(device), dtype
-        self.folds, self._rest = folds, rest
+        self.stored, self.folds, self._rest = stored, folds, rest
         self._records = folder / "ledger" / "layers"
         self._records.mkdir(parents=True, exist_ok=True)
         self._states = folder / "states"
@@ -241,8 +242,8 @@ class _Work:
         """q, k, v, then o, then DAC's bias. Leaves the states between the halves in both streams' files."""
         joint, out = self._statistics(ATTENTION[0]), self._statistics(OUT)
         for rows, real in self._line.batches():
-            normed = (self._student.module.input_layernorm(self._at(states, rows)) for states in (prefix, full))
-            self._add(joint, *normed, real)
+            given, wanted = (self._student.module.input_layernorm(self._at(states, rows)) for states in (prefix, full))
+            self._add(joint, given, wanted, real)
         for name in ATTENTION:
             self._keep(name, self._quantised(name, joint), joint)
         teacher = torch.zeros(self._weight(DOWN).shape[0], dtype=torch.float64, device=self._line._device)
@@ -293,7 +294,7 @@ class _Work:
                 with block.seen(DOWN) as seen:
                     block.feed(self._at(states, rows))
                 inputs.append(seen[0])
-            self._add(down, *inputs, real)
+            self._add(down, inputs[0], inputs[1], real)
         self._keep(DOWN, self._quantised(DOWN, down), down)
 
     def advance(self) -> None:
@@ -323,7 +324,7 @@ class _Work:
             found[f"{UP}.bias"] = (bias.to(scale) * scale).to(bias.dtype)
         if self.bias is None or not self._line.folds:
             return found
-        kind = self._weights[f"{GATE}.weight"].dtype
+        kind = self._kind
         for name in (GATE, UP):
             weight = self.made[name].dequantize().float()
             folded = weight @ self.bias.to(weight)
@@ -335,6 +336,10 @@ class _Work:
     # -- inside
 
     _absorbed: Tensor | None = None
+
+    @property
+    def _kind(self) -> torch.dtype:
+        return self._line.stored or self._weights[f"{DOWN}.weight"].dtype
 
     def _keep(self, name: str, quantized: Quantized, statistics: Statistics | None = None) -> None:
         """Notes a result as it will be stored and puts it into the student, and with it what it absorbs."""
@@ -362,7 +367,7 @@ class _Work:
 
     def _stored(self, quantized: Quantized) -> Quantized:
         """With scales in the dtype of the file, which is what its readers multiply with."""
-        kind = self._weights[f"{DOWN}.weight"].dtype
+        kind = self._kind
         if quantized.scale.dim() == 3:  # binary levels are only written as the weights that they stand for
             return replace(quantized, dtype=kind)
         return replace(quantized, scale=quantized.scale.to(kind), dtype=kind)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,12 +35,18 @@ class Plain:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights: the source's."""
+        return self._source.layer(0)["mlp.down_proj.weight"].dtype
+
     def have(self, i: int) -> bool:
         return self._path(i).is_file()
 
     def write(self, i: int, quantized: Mapping[str, Quantized], others: Mapping[str, Tensor]) -> None:
         """One layer. Raises CheckpointError."""
-        weights = {f"{name}.weight": one.dequantize() for name, one in quantized.items()} | dict(others)
+        weights = {f"{name}.weight": one.dequantize() for name, one in quantized.items()}
+        weights |= {name: tensor.to(self.dtype) for name, tensor in others.items()}
         self._save(self._path(i), {f"model.layers.{i}.{name}": tensor for name, tensor in weights.items()})
 
     def finish(self, rest: Iterable[tuple[str, Tensor]] | None = None) -> None:

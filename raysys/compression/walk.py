@@ -14,10 +14,11 @@ from torch import Tensor
 
 from raysys.compression.blocks import Skeleton
 from raysys.compression.calibration import TokenWindows
+from raysys.compression.shards import EMBEDDING
 from raysys.compression.streams import Stream
 from raysys.evaluation.perplexity import Perplexity, window_nll
 
-EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
+NORM = "model.norm.weight"
 
 
 @torch.no_grad()

@@ -8,16 +8,16 @@ from typing import Any
 from raysys.report import charts
 
 _STRIP = {2: "#c2434a", 3: "#e07b39", 4: "#3b6fd4", 5: "#5b8aa6", 6: "#2f9e6e", 7: "#8a7a3d", 8: "#1d3f86"}
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LINES: tuple[tuple[str, tuple[tuple[str, str, int], ...]], ...] = (
     ("Squared error of the hidden states, relative", (("error_before", "in front of the layer", 5), ("error_after", "behind it", 6))),
-    ("Squared error of weights, relative", tuple((f"weight_error/{name}", name, place) for place, name in enumerate(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    ))),
-    ("Squared error of outputs on the calibration tokens, relative", tuple((f"output_error/{name}", name, place) for place, name in enumerate(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    ))),
+    ("Squared error of weights, relative", tuple((f"weight_error/{name}", name, place) for place, name in enumerate(_LINEARS))),
+    (
+        "Squared error of outputs on the calibration tokens, relative",
+        tuple((f"output_error/{name}", name, place) for place, name in enumerate(_LINEARS)),
+    ),
     ("Correction of the norm after attention, root mean square", (("correction", "", 2),)),
-)  # fmt: skip
+)
 
 
 def pictures(layer_map: Mapping[str, Any] | None, records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

@@ -19,9 +19,9 @@ from raysys.compression.corrections import Corrections
 from raysys.compression.export import Export
 from raysys.compression.packed import write_plain
 from raysys.compression.packing import unpack
-from raysys.compression.pipeline import LINEARS, Pipeline
+from raysys.compression.pipeline import Pipeline
 from raysys.compression.plain import Plain
-from raysys.compression.shards import Checkpoint
+from raysys.compression.shards import LINEARS, Checkpoint
 from raysys.compression.walk import walk
 from raysys.config.quantising import QuantizeConfig
 from raysys.errors import ConfigError, DataError
