@@ -56,7 +56,7 @@ def run_quantize(config: QuantizeConfig, session: Session) -> None:
     progress = {"step": 0, "phase": "score"}
     with Live(session.folder, session.job, lambda: _status(session, progress)):
         bits = _allocated(config, checkpoint, session)
-        about = _about(config, checkpoint, calibration.digest if calibration is not None else None)
+        about = _about(config, calibration.digest if calibration is not None else None)
         work = Work(config, checkpoint.folder, session.folder, bits, calibration, held_out, hardware.device, hardware.dtype, about)
         progress["phase"] = "train"
         with _quantiser(config, work, hardware) as ask:
@@ -125,12 +125,11 @@ def _read(config: QuantizeConfig, checkpoint: Checkpoint, key: str, part: Window
     return windows
 
 
-def _about(config: QuantizeConfig, checkpoint: Checkpoint, calibration: str | None) -> dict[str, Any]:
+def _about(config: QuantizeConfig, calibration: str | None) -> dict[str, Any]:
     """What the file's metadata say of how it was made."""
     names = ("method", "bits", "allocation", "low", "high", "group_size", "rotation", "seed")
     return {name: getattr(config, name) for name in names} | {
-        "source": str(config.model),
-        "source_digest": checkpoint.digest(),
+        "model": Path(config.model).name if Path(local_or_id(config.model)).is_dir() else config.model,
         "calibration_digest": calibration,
         "correction": "none",
         "gptq": config.gptq.model_dump() if config.method != "rtn" else None,

@@ -121,9 +121,9 @@ class Pipeline:
         """Quantises layer i and advances both streams.
 
         Returns:
-            `layer`, `bits`, `weight_error` and `output_error` by linear (squared, relative; the latter on the calibration tokens), and of
-            the whole layer `error_before` and `error_after`: the squared distance of the quantised prefix from full precision in front of
-            it and behind it, relative to full precision.
+            `layer`, `bits`, `weight_error` of the layer and by linear, `output_error` by linear (on the calibration tokens), `correction`
+            (root mean square of DAC's bias), and `error_before` and `error_after`: the distance of the quantised prefix from full
+            precision in front of the layer and behind it. Errors are squared and relative.
 
         Raises:
             DataError: a weight that is no finite number, or one number only.
@@ -215,6 +215,9 @@ class _Work:
         self._bits = pipeline._bits[i]
         self.made: dict[str, Quantized] = {}
         self.record: dict[str, Any] = {}
+        self._sums = [0.0, 0.0]
+        """Squares of what rounding changed, and of the weights."""
+        self._absorbed: Tensor | None = None
         self.bias: Tensor | None = None
         """DAC's, [D]."""
         self._asymmetric = self._config.method in ("gptaq", "d2quant")
@@ -335,8 +338,6 @@ class _Work:
 
     # -- inside
 
-    _absorbed: Tensor | None = None
-
     @property
     def _kind(self) -> torch.dtype:
         return self._line.stored or self._weights[f"{DOWN}.weight"].dtype
@@ -344,12 +345,14 @@ class _Work:
     def _keep(self, name: str, quantized: Quantized, statistics: Statistics | None = None) -> None:
         """Notes a result as it will be stored and puts it into the student, and with it what it absorbs."""
         weight = self._weight(name)
-        self.record[f"weight_error/{name.rpartition('.')[2]}"] = _relative(quantized.dequantize().to(weight) - weight, weight)
+        off, short = quantized.dequantize().to(weight) - weight, name.rpartition(".")[2]
+        sizes = [float(one.double().square().sum()) for one in (off, weight)]
+        self._sums = [total + size for total, size in zip(self._sums, sizes, strict=True)]
+        self.record |= {f"weight_error/{short}": sizes[0] / sizes[1], "weight_error": self._sums[0] / self._sums[1]}
         if statistics is not None:
             hessian = statistics.hessian
-            off = quantized.dequantize().to(hessian) - weight.to(hessian)
-            sizes = [float(((one @ hessian) * one).sum()) for one in (off, weight.to(hessian))]
-            self.record[f"output_error/{name.rpartition('.')[2]}"] = sizes[0] / sizes[1] if sizes[1] > 0 else 0.0
+            sizes = [float(((one @ hessian) * one).sum()) for one in (off.to(hessian), weight.to(hessian))]
+            self.record[f"output_error/{short}"] = sizes[0] / sizes[1] if sizes[1] > 0 else 0.0
         if quantized.column_scale is not None:
             self._absorbed = quantized.column_scale.float()
             self._set(UP, self._stored(absorb(self._unrounded_up, self._absorbed)))
@@ -413,8 +416,3 @@ class _Work:
             wanted, given = self._at(full, rows)[real].double(), self._at(prefix, rows)[real].double()
             off, size = off + float((given - wanted).square().sum()), size + float(wanted.square().sum())
         return off / size if size else 0.0
-
-
-def _relative(off: Tensor, whole: Tensor) -> float:
-    size = float(whole.double().square().sum())
-    return float(off.double().square().sum()) / size if size else 0.0
