@@ -52,7 +52,7 @@ def excess_kurtosis(x: Tensor) -> float:
     """
     if not x.numel():
         raise ValueError(f"x must have entries, got shape {list(x.shape)}")
-    return float(_kurtosis(_finite("x", x).reshape(-1, 1))[0])
+    return _entries_kurtosis(_finite("x", x))
 
 
 def structural_expressiveness(singular_values: Tensor, role_weights: Tensor, form: Form = "product") -> float:
@@ -184,13 +184,9 @@ def layer_series(
     nv: dict[str, float] = {}
     se: dict[str, float] = {}
     for name in ("up", "gate"):
-        matrix = weights[f"{name}_proj"]
-        values, vectors = _leading(matrix.T @ matrix, energy)
-        nv[name] = excess_kurtosis(matrix)
+        nv[name], values, vectors = _one_side(f"{name}_proj", weights[f"{name}_proj"], 1, energy)
         se[name] = structural_expressiveness(values, torch.log1p(_kurtosis(vectors).relu()), form)
-    matrix = weights["down_proj"]
-    values, vectors = _leading(matrix @ matrix.T, energy)
-    nv["down"] = excess_kurtosis(matrix)
+    nv["down"], values, vectors = _one_side("down_proj", weights["down_proj"], 0, energy)
     se["down"] = structural_expressiveness(values, _written(basis, vectors), form)
     nv["qk"], se["qk"], nv["ov"], se["ov"] = _circuits(weights, basis, n_heads, n_kv_heads, energy, form)
     return torch.tensor([*(nv[name] for name in COMPONENTS), *(se[name] for name in COMPONENTS)], dtype=torch.float64)
@@ -229,15 +225,30 @@ def allocate(scores: Tensor | Sequence[float], sizes: Tensor | Sequence[int], bu
     return bits
 
 
+def _one_side(name: str, matrix: Tensor, along: int, energy: float) -> tuple[float, Tensor, Tensor]:
+    """Excess kurtosis of all entries of W [out, in], and leading values and vectors of W W^T (`along` 0) or W^T W (1).
+
+    Nothing of W's size exists in float64: blocks of rows, or of columns, are summed up.
+    """
+    numbers = _BLOCK // max(1, matrix.shape[along]) or 1
+    blocks = matrix.split(numbers, dim=1 - along)
+    gram = torch.zeros((), dtype=torch.float64)
+    for block in blocks:
+        part = _finite(name, block)
+        gram = gram + (part @ part.T if along == 0 else part.T @ part)
+    return _entries_kurtosis(matrix), *_leading(gram, energy)
+
+
 def _circuits(
     weights: Mapping[str, Tensor], basis: Tensor, n_heads: int, n_kv_heads: int, energy: float, form: Form
 ) -> tuple[float, float, float, float]:
     """NV and SE of the QK circuits, then of the OV circuits, each the mean over query heads."""
     queries, outputs = weights["q_proj"].chunk(n_heads), weights["o_proj"].chunk(n_heads, dim=1)
-    keys = [(one.T, *torch.linalg.qr(one.T)) for one in weights["k_proj"].chunk(n_kv_heads)]
-    values = [(one.T, *torch.linalg.qr(one.T)) for one in weights["v_proj"].chunk(n_kv_heads)]
+    keys = [(one.T, *torch.linalg.qr(one.T)) for one in _finite("k_proj", weights["k_proj"]).chunk(n_kv_heads)]
+    values = [(one.T, *torch.linalg.qr(one.T)) for one in _finite("v_proj", weights["v_proj"]).chunk(n_kv_heads)]
     sums = [0.0] * 4
-    for head, (query, output) in enumerate(zip(queries, outputs, strict=True)):
+    for head in range(n_heads):
+        query, output = _finite("q_proj", queries[head]), _finite("o_proj", outputs[head])
         shared = head * n_kv_heads // n_heads
         left, spectrum, right = _decomposed(query.T, keys[shared], energy)
         sums[0] += _product_kurtosis(query.T, keys[shared][0])
@@ -272,8 +283,26 @@ def _product_kurtosis(first: Tensor, second: Tensor) -> float:
     return float(four * count / two.square()) - 3.0
 
 
+def _entries_kurtosis(x: Tensor) -> float:
+    """Of all entries, in blocks; 0 of a constant."""
+    flat = x.detach().reshape(-1)
+    blocks = flat.split(_BLOCK)
+    largest = max(float(block.abs().amax()) for block in blocks)
+    mean = float(torch.stack([block.double().sum() for block in blocks]).sum()) / len(flat)
+    two = four = 0.0
+    for block in blocks:
+        square = ((block.double() - mean) / (largest or 1.0)).square_()
+        two, four = two + float(square.sum()), four + float(square.square_().sum())
+    two, four = two / len(flat), four / len(flat)
+    return four / two**2 - 3.0 if two > _NEGLIGIBLE**2 else 0.0
+
+
 def _kurtosis(columns: Tensor) -> Tensor:
     """Excess kurtosis of each column of [n, k]; 0 of constants."""
+    return torch.cat([_column_kurtosis(part) for part in columns.split(max(1, _BLOCK // len(columns)), dim=1)])
+
+
+def _column_kurtosis(columns: Tensor) -> Tensor:
     largest = columns.abs().amax(dim=0)
     centred = columns - columns.mean(dim=0)
     centred = centred / largest.where(largest > 0, 1.0)
@@ -285,9 +314,9 @@ def _kurtosis(columns: Tensor) -> Tensor:
 def _leading(gram: Tensor, energy: float) -> tuple[Tensor, Tensor]:
     """Singular values, largest first, and their vectors as columns, of a matrix whose Gram matrix this is."""
     squares, vectors = torch.linalg.eigh(gram)
-    squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
+    squares = squares.flip(0).clamp_min(0)
     kept = _kept(squares, energy)
-    return squares[:kept].sqrt(), vectors[:, :kept]
+    return squares[:kept].sqrt(), vectors[:, -kept:].flip(1)
 
 
 def _kept(squares: Tensor, energy: float) -> int:
@@ -327,7 +356,7 @@ def _check_energy(energy: float) -> None:
 
 
 def _checked(layer: Mapping[str, Tensor], width: int, n_heads: int, n_kv_heads: int, head_dim: int) -> dict[str, Tensor]:
-    """The weights in float64, of the shapes that the heads ask for."""
+    """The weights, of the shapes that the heads ask for. In float64, and finite, each becomes where it is used."""
     if min(n_heads, n_kv_heads, head_dim) < 1 or n_heads % n_kv_heads:
         raise ValueError(f"n_heads={n_heads} must be a multiple of n_kv_heads={n_kv_heads}, and head_dim={head_dim} positive")
     missing = [name for name in NAMES if name not in layer]
@@ -340,4 +369,4 @@ def _checked(layer: Mapping[str, Tensor], width: int, n_heads: int, n_kv_heads: 
     for name, shape in shapes.items():
         if tuple(layer[name].shape) != shape or 0 in shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(layer[name].shape)}")
-    return {name: _finite(name, layer[name]) for name in NAMES}
+    return {name: layer[name] for name in NAMES}
