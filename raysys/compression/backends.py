@@ -123,13 +123,10 @@ def gptq(
 
 def _pull(factor: Factor, start: int, end: int, alpha: float, dtype: torch.dtype) -> Tensor:
     """What columns from `start` on [n - start] take from each of the block's: a column for e_j, with D a second one for w_j."""
-    rows = factor.upper[start:end, start:]
-    if factor.deviation is None or alpha == 0:
-        return rows.to(dtype).T
-    # U is zero left of its diagonal, so of P only this corner of D U^T is needed.
-    along = (factor.deviation[start:end, start:] @ factor.upper[start:, start:].T).triu_(1)
-    asymmetric = along @ factor.upper[start:, start:]
-    return torch.stack([rows, asymmetric.mul_(-alpha)], dim=1).flatten(0, 1).to(dtype).T
+    upper = factor.upper[start:end, start:].to(dtype)
+    if factor.asymmetric is None or alpha == 0:
+        return upper.T
+    return torch.stack([upper, factor.asymmetric[start:end, start:].to(dtype) * -alpha], dim=1).flatten(0, 1).T
 
 
 def _columns(group: Tensor, grid: Quantized, bits: int, pull: Tensor, push: Tensor) -> Tensor:

@@ -32,14 +32,14 @@ class Factor:
     Attributes:
         order: [n], `order[k]` is the column that comes k-th; the columns of a group stay together.
         upper: U [n, n].
-        deviation: D [n, n], or None.
+        asymmetric: triu(D U^T, 1) U, [n, n], or None without D. Row j is what least squares on the columns after j make of D's.
         dead: [n], bool: columns whose input was zero in each token.
         damp: what was added to the diagonal, as a share of its mean; more than asked for where H could not be factored otherwise.
     """
 
     order: Tensor
     upper: Tensor
-    deviation: Tensor | None
+    asymmetric: Tensor | None
     dead: Tensor
     damp: float
 
@@ -152,7 +152,7 @@ class Statistics:
             hessian = hessian[along][:, along]
             deviation = None if deviation is None else deviation[along][:, along]
         upper, used = _upper(hessian, dead[along], damp)
-        return Factor(along, upper, deviation, dead, used)
+        return Factor(along, upper, None if deviation is None else _asymmetric(deviation, upper), dead, used)
 
 
 def group_order(importance: Tensor, group_size: int) -> Tensor:
@@ -177,6 +177,15 @@ def _upper(hessian: Tensor, dead: Tensor, damp: float) -> tuple[Tensor, float]:
         if damp >= 1:
             raise ValueError(f"the Hessian of the calibration inputs cannot be factored, even with {damp:g} times its mean on the diagonal")
         damp *= 10
+
+
+def _asymmetric(deviation: Tensor, upper: Tensor, panel: int = 256) -> Tensor:
+    """triu(D U^T, 1) U in D's place. U is zero left of its diagonal, so a panel of rows needs what is right of its first column."""
+    for start in range(0, len(upper), panel):
+        rows, corner = slice(start, start + panel), upper[start:, start:]
+        deviation[rows, start:] = (deviation[rows, start:] @ corner.T).triu_(1) @ corner
+        deviation[rows, :start] = 0
+    return deviation
 
 
 def _inverse(lower: Tensor, small: int = 256) -> Tensor:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raysys.methods.d2quant_kernels import compiled
+from raysys.methods.d2quant_kernels import column_sums, compiled, machine_code
 from raysys.methods.tensors import compute_dtype
 
 Levels = Literal["uniform", "binary"]
@@ -91,8 +91,14 @@ def quantize(weight: Tensor, bits: int, group_size: int = 128, symmetric: bool =
     """
     groups = _grouped(weight, group_size)
     _check_bits(bits, BITS)
-    scale, zero, codes = _searched(groups, bits, symmetric)
-    return Quantized(codes.flatten(1), scale, zero, None, weight.dtype)
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+    parts = []
+    for some in groups.split(max(1, _AT_ONCE[groups.is_cuda] // weight.shape[1])):
+        scale, zero = _searched(some, bits, symmetric)
+        codes = (some / scale).add_(zero).round_().clamp_(low, high).to(torch.int8 if symmetric else torch.uint8)
+        parts.append((codes.flatten(1), scale.squeeze(-1), zero.squeeze(-1).to(torch.int16)))
+    codes, scale, zero = (torch.cat(part) for part in zip(*parts))
+    return Quantized(codes, scale, None if symmetric else zero, None, weight.dtype)
 
 
 def quantize_down(weight: Tensor, bits: int, group_size: int = 128, levels: Levels = "uniform", iterations: int = 15) -> Quantized:
@@ -117,7 +123,9 @@ def quantize_down(weight: Tensor, bits: int, group_size: int = 128, levels: Leve
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
         raise ValueError(f"iterations must be a whole number from 0 on, got {iterations}")
     fit = _uniform if levels == "uniform" else _binary
-    scale, codes, column = fit(groups, bits, iterations)
+    at_once = max(1, _AT_ONCE[groups.is_cuda] // groups[:, 0].numel())
+    parts = [fit(some.contiguous(), bits, iterations) for some in groups.split(at_once, dim=1)]
+    scale, codes, column = (torch.cat(part, dim=axis) for part, axis in zip(zip(*parts), (1, 1, 0)))
     return Quantized(codes.flatten(1), scale, None, column.flatten(), weight.dtype)
 
 
@@ -167,19 +175,11 @@ def deviation_bias(teacher_sum: Tensor, student_sum: Tensor, tokens: int, streng
     return (strength * mean).clamp(-clip, clip)
 
 
-def _searched(groups: Tensor, bits: int, symmetric: bool, column: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Scale [R, G], zero, and codes [R, G, g] of the best range of each group; errors count times `column` [G, g]."""
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
-    rows = max(1, _AT_ONCE[groups.is_cuda] // groups[0].numel())
-    parts = []
-    for some in groups.split(rows):
-        whole, zero = _whole(some, bits, symmetric)
-        percent = _best_percent(some, whole, zero, bits, symmetric, column)
-        scale = whole * (percent.to(torch.float64) / 100).to(whole.dtype)
-        codes = (some / scale).add_(zero).round_().clamp_(low, high)
-        parts.append((scale.squeeze(-1), zero.squeeze(-1).to(torch.int16), codes.to(torch.int8 if symmetric else torch.uint8)))
-    scale, zero, codes = (torch.cat(part) if len(parts) > 1 else part[0] for part in zip(*parts))
-    return scale, None if symmetric else zero, codes
+def _searched(groups: Tensor, bits: int, symmetric: bool, column: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [R, G, 1] of the best range of each group; errors count times `column` [G, g]."""
+    scale, zero = _whole(groups, bits, symmetric)
+    percent = _best_percent(groups, scale, zero, bits, symmetric, column)
+    return scale * (percent.to(torch.float64) / 100).to(scale.dtype), zero
 
 
 def _whole(groups: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -229,12 +229,11 @@ def _tried(groups: Tensor, whole: Tensor, below: Tensor, codes: int, percents: r
 
 def _uniform(groups: Tensor, bits: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     """Scale, codes and column scale [G, g] of the best iterate of each group."""
-    column = torch.ones_like(groups[0])
+    column, live = torch.ones_like(groups[0]), (groups != 0).any(dim=0)
     best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     for step in range(iterations + 1):
-        scale, _, codes = _searched(groups / column, bits, True, column)
-        levels = codes.to(scale.dtype) * scale.unsqueeze(-1)
-        error = (levels * column - groups).square_().sum(dim=(0, 2))
+        scale = _searched(groups / column, bits, True, column)[0].squeeze(-1)
+        codes, along, size, error = _column_sums(groups, column, scale, 2 ** (bits - 1))
         if best is None:
             best = (error, scale, codes, column)
         else:
@@ -246,22 +245,35 @@ def _uniform(groups: Tensor, bits: int, iterations: int) -> tuple[Tensor, Tensor
                 torch.where(better.unsqueeze(-1), column, best[3]),
             )
         # The plain quantiser comes first, so that nothing is worse. Then columns begin at their own size.
-        column = _columns(groups, levels, column) if step else _normalised(groups, groups.abs().mean(dim=0))[0]
+        column = _columns(along, size, column, live) if step else _normalised(groups.abs().mean(dim=0), live)[0]
     assert best is not None
     return best[1:]
 
 
-def _columns(groups: Tensor, levels: Tensor, column: Tensor) -> Tensor:
+def _column_sums(groups: Tensor, column: Tensor, scale: Tensor, longest: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes [R, G, g], sums of X Q and of Q Q [G, g], and squared errors [G]: `column_sums`, for any device."""
+    if groups.device.type == "cpu":
+        codes = torch.empty_like(groups, dtype=torch.int8)
+        along, size = (torch.zeros(column.shape, dtype=torch.float64) for _ in range(2))
+        error = torch.zeros(len(column), dtype=torch.float64)
+        flat = (groups.flatten(0, 1), column, scale.flatten(), longest, codes.flatten(0, 1), along, size, error)
+        machine_code(column_sums)(*(one.numpy() if isinstance(one, Tensor) else one for one in flat))
+        return codes, along.to(groups.dtype), size.to(groups.dtype), error
+    steps = (groups / column / scale.unsqueeze(-1)).round_().clamp_(-longest, longest - 1)
+    levels = steps * scale.unsqueeze(-1)
+    error = (levels * column - groups).square_().sum(dim=(0, 2))
+    return steps.to(torch.int8), (groups * levels).sum(dim=0), levels.square().sum(dim=0), error
+
+
+def _columns(along: Tensor, size: Tensor, column: Tensor, live: Tensor) -> Tensor:
     """Least squares of each column on its levels, [G, g]; where that is not positive the old scale stays. Normalised."""
-    along, size = (groups * levels).sum(dim=0), levels.square().sum(dim=0)
     found = torch.where((along > 0) & (size > 0), along / size.where(size > 0, 1.0), column)
     median = found.quantile(0.5, dim=-1, keepdim=True)
-    return _normalised(groups, found.clamp(median / _FARTHEST, median * _FARTHEST))[0]
+    return _normalised(found.clamp(median / _FARTHEST, median * _FARTHEST), live)[0]
 
 
-def _normalised(groups: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+def _normalised(column: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     """Columns over their geometric mean in each group, [G, g], and that mean [G, 1]. Columns of zeros do not count and get 1."""
-    live = (groups != 0).any(dim=0)
     logs = torch.where(live, column, 1.0).log()
     mean = (logs.sum(dim=-1, keepdim=True) / live.sum(dim=-1, keepdim=True).clamp_min(1)).exp()
     return torch.where(live, column / mean, 1.0), mean
@@ -286,7 +298,7 @@ def _binary(groups: Tensor, bits: int, iterations: int) -> tuple[Tensor, Tensor,
         along, size = (groups * levels).sum(dim=0), levels.square().sum(dim=0)
         column = torch.where((along > 0) & (size > 0), along / size.where(size > 0, 1.0), column)
         codes = _nearest(groups, scale, column)
-    column, mean = _normalised(groups, column)
+    column, mean = _normalised(column, (groups != 0).any(dim=0))
     return scale * mean.unsqueeze(0), codes, column
 
 

@@ -120,14 +120,58 @@ def best_by_sums(
                 least, best[m] = other, -percent
 
 
-@cache
+def column_sums(
+    groups: np.ndarray,
+    column: np.ndarray,
+    scale: np.ndarray,
+    longest: int,
+    codes: np.ndarray,
+    along: np.ndarray,
+    size: np.ndarray,
+    error: np.ndarray,
+) -> None:
+    """Rounds weights X over c and adds up what the next c comes of, in one pass. Q are the levels, codes times scale.
+
+    Args:
+        groups: X [M, g]; group m has row m mod G of `column`.
+        column: c [G, g].
+        scale: [M].
+        longest: 2^(b-1): codes from minus this to one below it.
+        codes: [M, g], filled.
+        along, size: [G, g], zeros, become sums of X Q and of Q Q.
+        error: [G], zeros, becomes the sum of (c Q - X)^2.
+    """
+    number = groups.dtype.type
+    low, high = number(-longest), number(longest - 1)
+    levels = np.zeros_like(column[0])
+    for m in range(len(groups)):
+        g = m % len(column)
+        row, step, off = groups[m], scale[m], np.float64(0)
+        for j in range(len(row)):
+            levels[j] = min(max(np.rint(row[j] / column[g, j] / step), low), high)
+        for j in range(len(row)):
+            codes[m, j] = np.int32(levels[j])
+        for j in range(len(row)):
+            level = levels[j] * step
+            along[g, j] += row[j] * level
+            size[g, j] += level * level
+            apart = level * column[g, j] - row[j]
+            off += apart * apart
+        error[g] += off
+
+
 def compiled(bits: int) -> Callable[..., None]:
-    """The faster of both for this many bits, as machine code that runs without the interpreter's lock."""
+    """The faster search for this many bits, as machine code."""
+    return machine_code(best_by_table if bits <= TABLE_BITS else best_by_sums)
+
+
+@cache
+def machine_code(kernel: Callable[..., None]) -> Callable[..., None]:
+    """One of this file's, compiled, without the interpreter's lock."""
     from numba import njit
 
     # Sums over a group may be taken in any order; nothing else is given up.
     options: dict[str, Any] = {"nogil": True, "boundscheck": False, "fastmath": {"reassoc", "nsz", "contract"}}
-    kernel = best_by_table if bits <= TABLE_BITS else best_by_sums
     try:
         return njit(cache=True, **options)(kernel)
     except RuntimeError:  # no folder where numba could keep the code

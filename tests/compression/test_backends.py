@@ -72,6 +72,22 @@ def test_columns_one_by_one_as_the_equations_have_them() -> None:
         torch.testing.assert_close(made.scale, scale)
 
 
+def test_the_library_s_gptq_gives_the_same_weights() -> None:
+    """Of llmcompressor, where it is installed. It takes scales from before the first column, which one group has too."""
+    library = pytest.importorskip("llmcompressor.modifiers.gptq.gptq_quantize")
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
+
+    weight, (x, _) = normal(10, 6, 4 * G).float(), inputs()
+    n = weight.shape[1]
+    made = gptq(weight, summed(x), 3, n, order="none")
+    hessian = (2 / len(x) * x.T @ x).float()
+    kind = QuantizationArgs(num_bits=3, symmetric=True, strategy=QuantizationStrategy.GROUP, group_size=n)
+    scale = made.scale.float().unsqueeze(0)
+    theirs, _, failed = library.quantize_weight(weight[None].clone(), hessian[None], scale, torch.zeros_like(scale), None, kind, 16)
+    assert not failed.any()
+    torch.testing.assert_close(made.dequantize(), theirs[0], rtol=1e-4, atol=1e-5)
+
+
 def test_errors_that_columns_make_up_for_each_other_are_smaller() -> None:
     weight, (x, full) = normal(11, 24, 4 * G), inputs(5)
     plain, asymmetric = (gptq(weight, summed(x, full), 3, G, alpha=alpha) for alpha in (0.0, 1.0))

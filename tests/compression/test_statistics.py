@@ -65,12 +65,18 @@ def test_the_factor_is_the_inverse_s(columns: int) -> None:
     torch.testing.assert_close(ordered.upper.T @ ordered.upper, damped[ordered.order][:, ordered.order].inverse(), rtol=1e-9, atol=1e-9)
 
 
-def test_the_deviation_goes_through_the_same_order() -> None:
-    x, full = normal(4, 60, 12), normal(5, 60, 12)
-    made = summed(x, full)
-    factor = made.factor(4)
-    assert not torch.equal(factor.order, torch.arange(12)) and factor.deviation is not None
-    torch.testing.assert_close(factor.deviation, summed(x[:, factor.order], full[:, factor.order]).deviation)
+@pytest.mark.parametrize("columns", [12, 300])
+def test_the_asymmetric_part_is_least_squares_on_later_columns_in_the_same_order(columns: int) -> None:
+    x, full = normal(4, 2 * columns, columns), normal(5, 2 * columns, columns)
+    factor = summed(x, full).factor(4, 0.1)
+    assert not torch.equal(factor.order, torch.arange(columns)) and factor.asymmetric is not None
+    x, full = x[:, factor.order], full[:, factor.order]
+    hessian, deviation = 2 / len(x) * x.T @ x, 2 / len(x) * (full - x).T @ x
+    hessian += 0.1 * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    for j in (0, 1, columns // 2, columns - 2):
+        want = torch.linalg.solve(hessian[j + 1 :, j + 1 :], deviation[j, j + 1 :])
+        torch.testing.assert_close(factor.asymmetric[j, j + 1 :], want)
+        assert not factor.asymmetric[j, : j + 1].abs().max() > 1e-12
 
 
 def test_groups_stay_together_and_fall_by_their_largest() -> None:
