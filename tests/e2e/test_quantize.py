@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,22 +70,3 @@ def test_killed_and_resumed_it_is_the_same_file(place: Workplace, config: dict[s
     assert not (calm / "dequantised").exists() and not (calm / "states").exists() and (calm / "corrections.safetensors").is_file()
     report = (calm / "report.html").read_text()
     assert "12 layers: 6 of 2 bits, 6 of 4 bits" in report and "<h2>Layers" in report
-    again = place.start("quantize", "killed", config)
-    assert again.wait(timeout=120) == 0 and "is finished already" in (place.folder / "killed.log").read_text()
-
-
-def test_wrong_input_is_one_line_before_any_actor(place: Workplace, config: dict[str, Any], tmp_path: Path) -> None:
-    quantised = tmp_path / "quantised"
-    quantised.mkdir()
-    (quantised / "config.json").write_text(json.dumps({"model_type": "qwen3", "quantization_config": {"quant_method": "gptq"}}))
-    for number, (override, told) in enumerate(
-        (
-            (f"model={quantised}", "is quantised already (by gptq)"),
-            ("group_size=48", "self_attn.q_proj has 64 inputs, which groups of group_size=48 do not divide"),
-            ("bits=5", "bits=5 cannot be met by widths low=2 and high=4"),
-            ("calibration.length=65", "calibration.length=65 exceeds the 64 tokens"),
-        )
-    ):
-        assert place.start("quantize", f"wrong-{number}", config, override, "--check").wait(timeout=120) == 2
-        lines = [line for line in (place.folder / f"wrong-{number}.log").read_text().splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and told in lines[0], lines
