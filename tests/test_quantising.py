@@ -26,9 +26,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return new_causal(NewModel(**SMALL, tied=True), tmp_path_factory.mktemp("model"), seed=0)
 
 
-def config(model: Path, **more: Any) -> QuantizeConfig:
+def config(at: Path, **more: Any) -> QuantizeConfig:
     windows = {"source": {"domains": {"add": ADD}}, "samples": 4, "length": 24}
-    return QuantizeConfig.parse({"model": str(model), "group_size": 32, "calibration": windows} | more)
+    return QuantizeConfig.parse({"model": str(at), "group_size": 32, "calibration": windows} | more)
 
 
 def test_what_fits_passes(model: Path, caplog: pytest.LogCaptureFixture) -> None:
