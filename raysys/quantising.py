@@ -21,7 +21,7 @@ from raysys.config.quantising import BY_WEIGHTS, QuantizeConfig, Windows
 from raysys.data.text import context_length
 from raysys.errors import ConfigError, DeadlineError
 from raysys.files import append_json, read_json_lines, write_json
-from raysys.quantising_work import Quantiser, Work, facts_of, unembedding_of
+from raysys.quantising_work import FOLDS, Quantiser, Work, facts_of, unembedding_of
 from raysys.report.live import Live
 from raysys.report.metrics import MetricsWriter
 from raysys.report.progress import Progress
@@ -55,6 +55,8 @@ def run_quantize(config: QuantizeConfig, session: Session) -> None:
     calibration, held_out = (_read(config, checkpoint, key, part) for key, part in _both(config))
     progress = {"step": 0, "phase": "score"}
     with Live(session.folder, session.job, lambda: _status(session, progress)):
+        if config.method == "d2quant" and config.d2quant.correction and (family := checkpoint.config.get("model_type")) not in FOLDS:
+            log.info("d2quant.correction: a %s has no place for it, so it is left out of the file and kept for evaluation", family)
         bits = _allocated(config, checkpoint, session)
         about = _about(config, calibration.digest if calibration is not None else None)
         work = Work(config, checkpoint.folder, session.folder, bits, calibration, held_out, hardware.device, hardware.dtype, about)

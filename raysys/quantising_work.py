@@ -22,7 +22,7 @@ EXPORT, PLAIN = "export", "dequantised"
 FULL, QUANTISED, CORRECTED = "full precision", "quantised", "quantised, with its correction"
 """What evaluations call the models."""
 FOLDED, LEFT_OUT = "folded into biases of gate and up", "left out: the family has no place for it; see corrections.safetensors"
-_FOLDS = ("llama",)
+FOLDS = ("llama",)
 """Families whose MLP can have biases, which is where DAC's bias can go."""
 
 
@@ -143,7 +143,7 @@ class Quantiser:
 
     @property
     def _folds(self) -> bool:
-        return self._checkpoint.config.get("model_type") in _FOLDS
+        return self._checkpoint.config.get("model_type") in FOLDS
 
     @cached_property
     def _pipeline(self) -> Pipeline:

@@ -41,8 +41,8 @@ class Gptq(Config):
 
     damp: PositiveFloat = 0.01
     """Added to the Hessian's diagonal, as a share of its mean."""
-    block: PositiveInt = placed(128)
-    """Columns whose errors are passed on at once."""
+    block: PositiveInt = 128
+    """Columns whose errors are passed on at once. Identity: sums are rounded by it."""
     order: Literal["group", "none"] = "group"
     """Of columns: by falling importance inside groups, and of the groups; or as they stand."""
     alpha: PositiveFloat = 0.25
