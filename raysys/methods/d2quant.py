@@ -19,8 +19,10 @@ float64 stays float64, lower precisions compute in float32. Shapes are checked; 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +41,8 @@ _FARTHEST = 64.0
 """How far a column's scale may be from its group's median, as a factor."""
 _AT_ONCE = {False: 2**20, True: 2**26}
 """Weights whose ranges are searched together, on a processor and on a GPU."""
+_ROWS_A_CALL = 512
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -204,10 +208,14 @@ def _best_percent(groups: Tensor, whole: Tensor, zero: Tensor, bits: int, symmet
     below = zero + 2 ** (bits - 1) if symmetric else zero
     if groups.device.type != "cpu":
         return _tried(groups, whole, below, 2**bits, percents, symmetric, column)
-    squares = torch.ones_like(groups[:1, 0]) if column is None else column.square()
-    best = torch.empty(whole.shape, dtype=torch.int32)
-    flat = (groups.contiguous().flatten(0, 1), squares, whole.flatten(), below.flatten())
-    compiled(bits)(*(one.numpy() for one in flat), 2**bits, np.array(percents), symmetric, best.view(-1).numpy())
+    squares = (torch.ones_like(groups[:1, 0]) if column is None else column.square()).numpy()
+    best, tried = torch.empty(whole.shape, dtype=torch.int32), np.array(percents)
+
+    def search(rows: slice) -> None:
+        groups_, whole_, below_, best_ = (one[rows].flatten(0, 1).numpy() for one in (groups.contiguous(), whole, below, best))
+        compiled(bits)(groups_, squares, whole_.ravel(), below_.ravel(), 2**bits, tried, symmetric, best_.reshape(-1))
+
+    _in_threads(search, len(groups))
     return best
 
 
@@ -254,15 +262,29 @@ def _column_sums(groups: Tensor, column: Tensor, scale: Tensor, longest: int) ->
     """Codes [R, G, g], sums of X Q and of Q Q [G, g], and squared errors [G]: `column_sums`, for any device."""
     if groups.device.type == "cpu":
         codes = torch.empty_like(groups, dtype=torch.int8)
-        along, size = (torch.zeros(column.shape, dtype=torch.float64) for _ in range(2))
-        error = torch.zeros(len(column), dtype=torch.float64)
-        flat = (groups.flatten(0, 1), column, scale.flatten(), longest, codes.flatten(0, 1), along, size, error)
-        machine_code(column_sums)(*(one.numpy() if isinstance(one, Tensor) else one for one in flat))
-        return codes, along.to(groups.dtype), size.to(groups.dtype), error
+
+        def add(rows: slice) -> Tensor:
+            sums = torch.zeros(3, *column.shape, dtype=torch.float64)
+            flat = [one[rows].flatten(0, 1).numpy() for one in (groups, scale, codes)]
+            machine_code(column_sums)(flat[0], column.numpy(), flat[1], longest, flat[2], *sums.numpy())
+            return sums
+
+        along, size, error = torch.stack(_in_threads(add, len(groups))).sum(dim=0)
+        return codes, along.to(groups.dtype), size.to(groups.dtype), error.sum(dim=-1)
     steps = (groups / column / scale.unsqueeze(-1)).round_().clamp_(-longest, longest - 1)
     levels = steps * scale.unsqueeze(-1)
     error = (levels * column - groups).square_().sum(dim=(0, 2))
     return steps.to(torch.int8), (groups * levels).sum(dim=0), levels.square().sum(dim=0), error
+
+
+def _in_threads(call: Callable[[slice], T], rows: int) -> list[T]:
+    """What the call gives for slices of the rows, in order. How many threads torch has does not change the slices."""
+    parts = [slice(start, start + _ROWS_A_CALL) for start in range(0, rows, _ROWS_A_CALL)]
+    threads = min(torch.get_num_threads(), len(parts))
+    if threads == 1:
+        return [call(part) for part in parts]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(call, parts))
 
 
 def _columns(along: Tensor, size: Tensor, column: Tensor, live: Tensor) -> Tensor:

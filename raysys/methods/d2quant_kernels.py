@@ -43,7 +43,7 @@ def best_by_table(
         whole: [M], positive.
         zero: [M], how many codes lie below zero.
         codes: 2^b.
-        percents: positive, in the order of trial.
+        percents: positive, falling.
         mirrored: also try the grid with its longer side on the positive weights.
     """
     size = LATTICE * (codes - 1) + 2  # no weight is farther from zero than all codes span
@@ -58,7 +58,7 @@ def best_by_table(
             total[place, side] += weights[j] * abs(value)
             end = max(end, place + 1)
         high = low = high_sum = low_sum = 0.0
-        for place in range(end - 1, -1, -1):
+        for place in range(end - 1, percents[-1] - 1, -1):
             high += amount[place, 0]
             low += amount[place, 1]
             high_sum += total[place, 0]
@@ -139,14 +139,14 @@ def column_sums(
         longest: 2^(b-1): codes from minus this to one below it.
         codes: [M, g], filled.
         along, size: [G, g], zeros, become sums of X Q and of Q Q.
-        error: [G], zeros, becomes the sum of (c Q - X)^2.
+        error: [G, g], zeros, becomes the sum of (c Q - X)^2.
     """
     number = groups.dtype.type
     low, high = number(-longest), number(longest - 1)
     levels = np.zeros_like(column[0])
     for m in range(len(groups)):
         g = m % len(column)
-        row, step, off = groups[m], scale[m], np.float64(0)
+        row, step = groups[m], scale[m]
         for j in range(len(row)):
             levels[j] = min(max(np.rint(row[j] / column[g, j] / step), low), high)
         for j in range(len(row)):
@@ -156,8 +156,7 @@ def column_sums(
             along[g, j] += row[j] * level
             size[g, j] += level * level
             apart = level * column[g, j] - row[j]
-            off += apart * apart
-        error[g] += off
+            error[g, j] += apart * apart
 
 
 def compiled(bits: int) -> Callable[..., None]:

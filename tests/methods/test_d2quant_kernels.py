@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from raysys.methods.d2quant import _tried
+from raysys.methods import d2quant
+from raysys.methods.d2quant import _tried, quantize, quantize_down
 from raysys.methods.d2quant_kernels import TABLE_BITS, best_by_sums, best_by_table, compiled
 
 ROWS, GROUPS, SIZE = 4, 3, 16
@@ -66,3 +67,35 @@ def test_all_ways_find_the_range_with_the_least_error(bits: int, mirrored: bool,
 
 def test_few_bits_go_by_the_table() -> None:
     assert TABLE_BITS == 3 and compiled(2).py_func is best_by_table and compiled(4).py_func is best_by_sums  # type: ignore[attr-defined]
+
+
+def test_threads_change_nothing() -> None:
+    weight = torch.randn(1100, 2 * SIZE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            made.append((quantize(weight, 4, SIZE), quantize_down(weight, 2, SIZE)))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*made):
+        assert torch.equal(one.codes, other.codes) and torch.equal(one.scale, other.scale)
+    assert [rows.start for rows in d2quant._in_threads(lambda rows: rows, 1100)] == [0, 512, 1024]
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_sums_over_columns_are_those_of_the_levels(bits: int) -> None:
+    draw = torch.Generator().manual_seed(1)
+    groups = torch.randn(600, GROUPS, SIZE, generator=draw, dtype=torch.float64)
+    column, scale = (
+        torch.rand(GROUPS, SIZE, generator=draw, dtype=torch.float64) + 0.5,
+        torch.rand(600, GROUPS, generator=draw).double() - 0.5,
+    )
+    longest = 2 ** (bits - 1)
+    codes, along, size, error = d2quant._column_sums(groups, column, scale, longest)
+    want = (groups / column / scale.unsqueeze(-1)).round().clamp(-longest, longest - 1)
+    levels = want * scale.unsqueeze(-1)
+    assert torch.equal(codes.double(), want)
+    torch.testing.assert_close(along, (groups * levels).sum(0))
+    torch.testing.assert_close(size, levels.square().sum(0))
+    torch.testing.assert_close(error, (levels * column - groups).square().sum((0, 2)))
