@@ -90,7 +90,7 @@ def _configs(path: Path, overrides: Sequence[str]) -> list[tuple[str, Run]]:
     return [
         (f"{stage.name} ({stage.job})", stage.config)
         for stage in planned.stages
-        if stage.same_as is None and stage.job not in ("questions", "local_text")
+        if stage.same_as is None and stage.job not in ("questions", "local_text", "quantize")
     ]
 
 

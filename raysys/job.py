@@ -146,9 +146,14 @@ def submission_id() -> str:
 
 
 def resume_points(job: str, config: Run) -> list[str]:
-    """Names of those that the run's folder holds: what tells a supervisor that an attempt got somewhere. Finished shards count, too."""
+    """Names of those that the run's folder holds, finished shards and layers too: what tells a supervisor that an attempt got somewhere."""
     folder = run_folder(job, config)
-    return sorted(path.name for path in [*(folder / "checkpoints").glob("step_*"), *(folder / "ledger" / "shards").glob("*.json")])
+    parts = [
+        *(folder / "checkpoints").glob("step_*"),
+        *(folder / "ledger" / "shards").glob("*.json"),
+        *(folder / "ledger" / "layers").glob("*.json"),
+    ]
+    return sorted(path.name for path in parts)
 
 
 def report(folder: Path) -> None:

@@ -168,17 +168,27 @@ def comparison(stages: Sequence[Planned]) -> dict[str, Any] | None:
     evaluated = [
         (stage, records) for stage in stages if stage.job in _EVALUATING and (records := _records(stage.run_dir / "evaluation.jsonl"))
     ]
-    if not evaluated:
+    rows = _quantised(stages)
+    if not evaluated and not rows:
         return None
-    split = _split(evaluated[-1][0])
-    rows: dict[str, dict[str, Any]] = {}
+    split = _split(evaluated[-1][0]) if evaluated else None
     for stage, records in evaluated:
         if _split(stage) == split:
-            rows |= {
-                one["label"]: {"label": one["label"], "domains": one["domains"], "measures": one.get("measures", {})} for one in records
-            }
+            for one in records:
+                known = rows.get(one["label"], {}).get("measures", {})
+                rows[one["label"]] = {"label": one["label"], "domains": one["domains"], "measures": known | one.get("measures", {})}
     columns = sorted({domain for row in rows.values() for domain in row["domains"]})
     return {"split": split, "columns": columns, "rows": list(rows.values())}
+
+
+def _quantised(stages: Sequence[Planned]) -> dict[str, dict[str, Any]]:
+    """Rows of what stages that quantise have measured. A quantised model is called by its stage, as an evaluation should call it too."""
+    rows: dict[str, dict[str, Any]] = {}
+    for stage in stages:
+        for one in _records(stage.run_dir / "evaluation.jsonl") if stage.job == "quantize" else ():
+            label = one["label"].replace("quantised", stage.name)
+            rows[label] = {"label": label, "domains": {}, "measures": one["measures"]}
+    return rows
 
 
 def _split(stage: Planned) -> str:
@@ -204,7 +214,8 @@ def table(facts: Mapping[str, Any]) -> str:
     ]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *body]]
-    return "\n".join([f"accuracy on split '{facts['split']}', mean [95 % interval]", *lines])
+    told = [f"accuracy on split '{facts['split']}', mean [95 % interval]"] if facts["split"] else []
+    return "\n".join([*told, *lines])
 
 
 def _cell(domain: Mapping[str, Any] | None) -> str:

@@ -54,6 +54,7 @@ from raysys.generation.run import generate
 from raysys.job import Session
 from raysys.loop import Evaluates, Parts
 from raysys.pretraining import run_local_text, run_pretrain_moe
+from raysys.quantising import check_quantize, run_quantize
 from raysys.report.live import Live
 from raysys.rollout.engine import quantised, revision, stop_ids
 from raysys.rollout.members import Member
@@ -79,6 +80,7 @@ __all__ = [
     "check_hpd",
     "check_local_text",
     "check_pretrain_moe",
+    "check_quantize",
     "check_questions",
     "check_search_agent",
     "check_sft",
@@ -88,6 +90,7 @@ __all__ = [
     "run_hpd",
     "run_local_text",
     "run_pretrain_moe",
+    "run_quantize",
     "run_questions",
     "run_search_agent",
     "run_sft",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from raysys.config.agents import QuestionsConfig, SearchAgentConfig
 from raysys.config.pretraining import LocalTextConfig, PretrainMoeConfig
+from raysys.config.quantising import QuantizeConfig
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, PipelineConfig, Run, SftConfig
 
 CONFIGS: dict[str, type[Run]] = {
@@ -16,5 +17,6 @@ CONFIGS: dict[str, type[Run]] = {
     "sft": SftConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "quantize": QuantizeConfig,
     "pipeline": PipelineConfig,
 }

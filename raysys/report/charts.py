@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 COLORS = ("#3b6fd4", "#e07b39", "#2f9e6e", "#b4459c", "#8a7a3d", "#5b8aa6", "#c2434a")
-PHASES = ("data", "generate", "score", "train", "push", "record", "watch", "validate", "evaluate", "checkpoint", "other")
+PHASES = ("quantise", "data", "generate", "score", "train", "push", "record", "watch", "validate", "evaluate", "checkpoint", "other")
 _TITLES = {
     "reward": "Reward",
     "exact_match": "Share of exact matches",
@@ -130,7 +130,7 @@ def routers(looks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     figure.update_xaxes(title_text="expert")
     return [
         ("Alignment by layer (lambda)", _lines(lines, True, small=False)),
-        ("Load of each expert since the look before, as a share of the mean", _html(figure, height=240)),
+        ("Load of each expert since the look before, as a share of the mean", html(figure, height=240)),
     ]
 
 
@@ -197,7 +197,7 @@ def _lines(lines: Sequence[tuple[str, list[int], list[float], str, bool]], sever
         figure.add_scatter(x=x, y=y, name=label, mode=mode, line=line, showlegend=several or len(lines) > 1)
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(tickformat=".0e" if small else None, rangemode="tozero" if small else "normal", nticks=6)
-    return _html(figure, height=240)
+    return html(figure, height=240)
 
 
 def seconds(records: Sequence[Mapping[str, Any]]) -> str:
@@ -216,7 +216,7 @@ def seconds(records: Sequence[Mapping[str, Any]]) -> str:
     figure.update_layout(barmode="stack", bargap=0.0 if len(timed) > 60 else 0.15)
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(title_text="seconds")
-    return _html(figure, height=320)
+    return html(figure, height=320)
 
 
 def accuracy(rows: Sequence[tuple[str, Mapping[str, Mapping[str, float]]]]) -> str:
@@ -245,7 +245,7 @@ def accuracy(rows: Sequence[tuple[str, Mapping[str, Mapping[str, float]]]]) -> s
         )
     figure.update_layout(barmode="group")
     figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
-    return _html(figure, height=320)
+    return html(figure, height=320)
 
 
 def accuracy_by_step(evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -263,7 +263,7 @@ def accuracy_by_step(evaluations: Sequence[Mapping[str, Any]]) -> str:
         figure.add_scatter(x=x, y=[d["mean"] for _, d in found], name=name, mode="lines+markers", line={"color": color, "width": 2})
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
-    return _html(figure, height=320)
+    return html(figure, height=320)
 
 
 def script() -> str:
@@ -273,7 +273,8 @@ def script() -> str:
     return get_plotlyjs()
 
 
-def _html(figure: Any, height: int) -> str:
+def html(figure: Any, height: int) -> str:
+    """A figure in the pages' style, as a fragment."""
     figure.update_layout(
         height=height,
         margin={"l": 52, "r": 14, "t": 12, "b": 42},

@@ -13,7 +13,7 @@ import yaml
 from markupsafe import Markup
 
 from raysys.files import read_json_lines
-from raysys.report import charts, transcripts
+from raysys.report import charts, quantising, transcripts
 
 _SECRET = re.compile(r"(^|_)(secret|password|passwd|credential|credentials|api_key|access_key|auth_token|token)$", re.IGNORECASE)
 _USERINFO = re.compile(r"(\w+://)[^/@\s]+@")
@@ -51,9 +51,10 @@ def render_report(run_dir: str | Path) -> Path:
 
 def _run(folder: Path) -> dict[str, Any]:
     records, evaluations = _lines(folder / "metrics.jsonl"), _lines(folder / "evaluation.jsonl")
+    layers = _json(folder / "layer_map.json")
     ends = _ends(evaluations)
     return {
-        "summary": _generated(records) or _summary(records, ends),
+        "summary": _generated(records) or quantising.summary(layers, evaluations) or _summary(records, ends),
         "facts": _facts(records),
         "domains": sorted({name for one in ends for name in one["domains"]}),
         "table": [{"label": one["label"], "domains": one["domains"]} for one in ends],
@@ -63,6 +64,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "accuracy_by_step": Markup(charts.accuracy_by_step(evaluations)),
         "episodes": [(title, Markup(html)) for title, html in charts.episodes(records)],
         "routers": [(title, Markup(html)) for title, html in charts.routers(_lines(folder / "routers.jsonl"))],
+        "layers": [(title, Markup(html)) for title, html in quantising.pictures(layers, records)],
         "curves": [(title, Markup(html)) for title, html in charts.curves(records)],
         "seconds": Markup(charts.seconds(records)),
         "samples": _paired_samples(_lines(folder / "samples.jsonl")),
@@ -98,6 +100,7 @@ def _pipeline(folder: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, An
         "accuracy_by_step": "",
         "episodes": [],
         "routers": [],
+        "layers": [],
         "curves": [(title, Markup(html)) for title, html in charts.overlay(runs)] if runs else [],
         "seconds": Markup(charts.seconds(list(runs.values())[-1])) if runs else "",
         "samples": samples,

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 _SHOWN = (
     *(("reward", "reward", ".3f"), ("reverse_kl", "kl", ".3f"), ("nll", "nll", ".3f"), ("response_tokens", "len", ".1f")),
     *(("pretraining_loss", "loss", ".3f"), ("validation_loss", "held-out", ".3f"), ("max_violation", "MaxVio", ".2f")),
+    *(("layer_bits", "bits", "d"), ("weight_error", "weights off", ".4f"), ("error_after", "states off", ".4f")),
     *(("kept", "kept", "d"), ("correct", "correct", ".3f"), ("tokens_per_second", "tokens/s", ",.0f")),
 )
 _PHASES = (("generate", "gen"), ("score", "score"), ("train", "train"), ("push", "push"))

@@ -1,0 +1,39 @@
+"""The report of a quantised model: the strip of bits, what it rests on, errors by layer, and measures without accuracy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from raysys.report import quantising
+from raysys.report.html import render_report
+
+MAP = {"bits": [4, 2, 2, 4], "allocation": "nsds", "scores": [3.0, 1.0, 0.5, 9.0], "series": {"up/nv": [0.1, 1.0, 100.0, 3.0]}}
+LINE = {"step": 0, "error_before": 0.0, "error_after": 0.1, "weight_error/q_proj": 0.2, "seconds": {"quantise": 1.0, "total": 1.0}}
+
+
+def test_pictures_of_a_run() -> None:
+    records = [LINE | {"step": step} for step in range(4)]
+    titles = [title for title, _ in quantising.pictures(MAP, records)]
+    assert titles[0] == "Bits by layer (nsds, 3 on average)" and len(titles) == 3, "no picture without numbers"
+    strip = quantising.pictures(MAP, records)[0][1]
+    assert "up\\u002fnv" in strip and "score" in strip and "bits" in strip
+    assert quantising.pictures(None, records) == []
+    assert len(quantising.pictures({"bits": [2, 2], "allocation": "uniform", "scores": None, "series": None}, [])) == 1
+
+
+def test_components_are_coloured_by_their_order() -> None:
+    assert quantising._ranks([0.1, 1.0, 100.0, 3.0]) == [0.0, 1 / 3, 1.0, 2 / 3]
+
+
+def test_the_page(tmp_path: Path) -> None:
+    (tmp_path / "layer_map.json").write_text(json.dumps(MAP))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(LINE | {"step": step}) + "\n" for step in range(4)))
+    evaluations = [
+        {"step": 0, "label": label, "mean": 0.0, "domains": {}, "measures": {"perplexity": value, "bits_per_weight": bits}}
+        for label, value, bits in (("full precision", 3.5, 32.0), ("quantised", 4.25, 3.2))
+    ]
+    (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(one) + "\n" for one in evaluations))
+    page = render_report(tmp_path).read_text()
+    assert "4 layers: 2 of 2 bits, 2 of 4 bits; perplexity 3.500 (full precision); perplexity 4.250 (quantised)." in page
+    assert "<h2>Measures" in page and "<h2>Layers" in page and "<h2>Accuracy" not in page and "bits per weight" in page

@@ -1,0 +1,87 @@
+"""The job that quantises, without a cluster: what is refused before anything starts, and the table of a pipeline of such jobs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysys import pipeline
+from raysys.config.quantising import QuantizeConfig
+from raysys.config.runs import NewModel
+from raysys.errors import ConfigError
+from raysys.models.scratch import new_causal
+from raysys.pipeline import Planned
+from raysys.quantising import check_quantize
+
+SMALL: dict[str, Any] = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 32, "ffn_size": 96, "context": 64}
+ADD = {"task": "chain_sum", "params": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, "style": "scratchpad"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return new_causal(NewModel(**SMALL, tied=True), tmp_path_factory.mktemp("model"), seed=0)
+
+
+def config(at: Path, **more: Any) -> QuantizeConfig:
+    windows = {"source": {"domains": {"add": ADD}}, "samples": 4, "length": 24}
+    return QuantizeConfig.parse({"model": str(at), "group_size": 32, "calibration": windows} | more)
+
+
+def test_what_fits_passes(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="raysys"):
+        check_quantize(config(model, rotation=True))
+    assert "will have a head of its own" in caplog.text, "tied embeddings are untied, and it is said"
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"group_size": 64}, "mlp.down_proj has 96 inputs, which groups of group_size=64 do not divide"),
+        ({"bits": 5.0}, "bits=5 cannot be met by widths low=2 and high=4"),
+        ({"low": 4}, "low=4 must be below high=4"),
+        ({"allocation": "uniform", "bits": 2.5}, "which must be a whole number"),
+        ({"calibration": None}, "method=d2quant measures activations and needs calibration"),
+        ({"d2quant": {"levels": "binary"}}, "set keep_dequantised=true, or levels=uniform"),
+        ({"calibration": {"path": "/nowhere.txt", "length": 24}}, "calibration.path=/nowhere.txt does not exist"),
+        ({"evaluation": {"source": {"domains": {"add": ADD}}, "length": 65}}, "evaluation.length=65 exceeds the 64 tokens"),
+        ({"model": "/nowhere"}, "model folder /nowhere does not exist"),
+    ],
+)
+def test_wrong_input_is_one_line(model: Path, changed: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_quantize(config(model, **changed))
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["hidden_act", "quantization_config"])
+def test_a_checkpoint_that_is_none_is_named(model: Path, tmp_path: Path, key: str) -> None:
+    values = json.loads((model / "config.json").read_text())
+    if key == "quantization_config":
+        values[key] = {"quant_method": "gptq"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    told = "is quantised already (by gptq)" if key == "quantization_config" else "safetensors"
+    with pytest.raises(ConfigError) as caught:
+        check_quantize(config(tmp_path))
+    assert told in str(caught.value)
+
+
+def test_stages_that_quantise_share_a_table_with_what_evaluates_them(model: Path, tmp_path: Path) -> None:
+    stages = []
+    for name, value in (("rtn", 9.0), ("gptq", 7.5)):
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [("full precision", 6.0), ("quantised", value), ("quantised, with its correction", value - 1)]
+        records = [{"step": 0, "label": label, "mean": 0.0, "domains": {}, "measures": {"perplexity": one}} for label, one in lines]
+        (folder / "evaluation.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        stages.append(Planned(name, "quantize", config(model), name, folder))
+    found = pipeline.comparison(stages)
+    assert found is not None and found["split"] is None and found["columns"] == []
+    told = {row["label"]: row["measures"]["perplexity"] for row in found["rows"]}
+    assert told == {
+        "full precision": 6.0, "rtn": 9.0, "rtn, with its correction": 8.0, "gptq": 7.5, "gptq, with its correction": 6.5,
+    }  # fmt: skip
+    assert pipeline.table(found).splitlines()[0].split() == ["perplexity"]
