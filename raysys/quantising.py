@@ -55,7 +55,7 @@ def run_quantize(config: QuantizeConfig, session: Session) -> None:
     calibration, held_out = (_read(config, checkpoint, key, part) for key, part in _both(config))
     progress = {"step": 0, "phase": "score"}
     with Live(session.folder, session.job, lambda: _status(session, progress)):
-        if config.method == "d2quant" and config.d2quant.correction and (family := checkpoint.config.get("model_type")) not in FOLDS:
+        if (family := checkpoint.config.get("model_type")) not in FOLDS and config.corrects(folds=False):
             log.info("d2quant.correction: a %s has no place for it, so it is left out of the file and kept for evaluation", family)
         bits = _allocated(config, checkpoint, session)
         about = _about(config, calibration.digest if calibration is not None else None)

@@ -48,10 +48,6 @@ class Work:
     dtype: str
     about: dict[str, Any]
 
-    @property
-    def corrects(self) -> bool:
-        return self.config.method == "d2quant" and self.config.d2quant.correction
-
 
 def unembedding_of(checkpoint: Checkpoint, config: QuantizeConfig) -> Any:
     """What NSDS reads layers against; None for other allocations."""
@@ -102,7 +98,7 @@ class Quantiser:
             shutil.rmtree(self._plain, ignore_errors=True)
             write_plain(self._work.folder / EXPORT, self._plain)
         models = {FULL: self._full_sizes(), QUANTISED: self._sizes()}
-        if self._work.corrects and not self._folds and config.evaluation is not None:
+        if self._work.config.corrects(self._folds) and not self._folds and config.evaluation is not None:
             models[CORRECTED] = self._sizes()
         return {"models": models, "seconds": time.monotonic() - began}
 
@@ -168,7 +164,7 @@ class Quantiser:
 
     def _sink(self) -> Export | Plain:
         work = self._work
-        about = work.about | ({"correction": FOLDED if self._folds else LEFT_OUT} if work.corrects else {})
+        about = work.about | ({"correction": FOLDED if self._folds else LEFT_OUT} if work.config.corrects(self._folds) else {})
         if not work.config.served:
             from raysys.compression.plain import Plain
 
@@ -181,7 +177,7 @@ class Quantiser:
             work.bits,
             work.config.group_size,
             about=about,
-            mlp_bias=work.corrects and self._folds,
+            mlp_bias=work.config.corrects(self._folds) and self._folds,
         )
 
     @property

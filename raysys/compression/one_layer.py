@@ -44,7 +44,7 @@ class OneLayer:
         self.bias: Tensor | None = None
         """DAC's, [D]."""
         self._asymmetric = self._config.method in ("gptaq", "d2quant")
-        self._corrects = self._config.method == "d2quant" and self._config.d2quant.correction
+        self._corrects = self._config.corrects(pipeline.folds)
         self._blocks = None if pipeline.windows is None else tuple(pipeline.skeleton.block(i, weights) for _ in range(2))
 
     @property

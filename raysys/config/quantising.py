@@ -58,8 +58,9 @@ class D2Quant(Config):
     """Alternations of DSQ's fit."""
     levels: Literal["uniform", "binary"] = "uniform"
     """Of the down-projection. Binary ones are the authors' program's; no kernel serves them."""
-    correction: bool = True
-    """DAC: a bias of the norm after attention; in gate and up where the architecture has a place for it, else for evaluation only."""
+    correction: bool | None = None
+    """DAC: a bias of the norm after attention, folded into gate and up. Null: where the family has a place for it (Llama's `mlp_bias`). true
+    elsewhere keeps it beside the file for evaluation; the file alone is then worse than without: what follows was quantised with it."""
     strength: float = Field(default=1.0, ge=0)
     clip: PositiveFloat = 10.0
 
@@ -117,6 +118,11 @@ class QuantizeConfig(Run):
             if self.widest > 4:
                 raise ValueError(f"d2quant.levels=binary goes up to 4 bits, got {self.widest}")
         return self
+
+    def corrects(self, folds: bool) -> bool:
+        """Whether DAC runs for a family that has (`folds`) or has no place for its bias."""
+        wanted = self.d2quant.correction
+        return self.method == "d2quant" and (folds if wanted is None else wanted)
 
     @property
     def widest(self) -> int:

@@ -79,7 +79,7 @@ def config(method: str = "d2quant", **more: Any) -> QuantizeConfig:
         "method": method,
         "group_size": 32,
         "batch": 4,
-        "d2quant": {"iterations": 2},
+        "d2quant": {"iterations": 2, "correction": True},
         "calibration": {"path": "x"},
     }
     return QuantizeConfig.parse(values | more)

@@ -31,7 +31,7 @@ def config(place: Workplace) -> dict[str, Any]:
         "model": str(model),
         "method": "d2quant",
         "group_size": 64,
-        "d2quant": {"iterations": 2},
+        "d2quant": {"iterations": 2, "correction": True},
         "calibration": {"source": tasks, "samples": 16, "length": 24},
         "evaluation": {"source": {"split": "report", **tasks}, "samples": 16, "length": 24},
         "threads": 1,
