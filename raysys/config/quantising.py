@@ -59,8 +59,8 @@ class D2Quant(Config):
     levels: Literal["uniform", "binary"] = "uniform"
     """Of the down-projection. Binary ones are the authors' program's; no kernel serves them."""
     correction: bool | None = None
-    """DAC: a bias of the norm after attention, folded into gate and up. Null: where the family has a place for it (Llama's `mlp_bias`). true
-    elsewhere keeps it beside the file for evaluation; the file alone is then worse than without: what follows was quantised with it."""
+    """DAC: a bias of the norm after attention, folded into gate and up. Null: where the family has a place for it (Llama's `mlp_bias`).
+    true elsewhere keeps it beside the file for evaluation; the file alone is then worse than without, for its codes were fitted with it."""
     strength: float = Field(default=1.0, ge=0)
     clip: PositiveFloat = 10.0
 
