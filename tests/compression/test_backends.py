@@ -1,4 +1,4 @@
-"""RTN, GPTQ and GPTAQ: properties T4, T11 and T12 of the D2Quant spec, and columns one by one as the equations have them."""
+"""RTN, GPTQ and GPTAQ: properties T11 and T12 of the D2Quant spec, and columns one by one as the equations have them."""
 
 from __future__ import annotations
 
