@@ -223,9 +223,9 @@ class Export:
         return {f"{name}.weight_packed": packed, f"{name}.weight_scale": scale, f"{name}.weight_shape": torch.tensor(shape)}
 
     def _others(self, i: int, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        layer, shapes = self.source.layer(i), self.source.shapes
-        wanted = {name for name in layer if name.removesuffix(".weight") not in shapes}
-        others = {name: layer[name] for name in wanted} if given is None else dict(given)
+        own, shapes = self.source.layer(i, weights=False), self.source.shapes
+        wanted = set(own)
+        others = own if given is None else dict(given)
         if self.mlp_bias:
             for name in MLP_BIASES:
                 others.setdefault(name, torch.zeros(shapes[name.removesuffix(".bias")][0]))
@@ -236,17 +236,24 @@ class Export:
             raise ConfigError(f"layer {i}: a {family} has no place for {', '.join(extra)}, so engines would drop it", remedy)
         if lacking := sorted(wanted - set(others)):
             raise ConfigError(f"layer {i}: {', '.join(lacking)} missing", "give all tensors of the layer that are not quantised")
-        return {name: self._kept(tensor) for name, tensor in others.items()}
+        return {name: self._kept(f"layer {i}: {name}", tensor) for name, tensor in others.items()}
 
-    def _kept(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().cpu().to(self.dtype) if tensor.is_floating_point() else tensor.detach().cpu()
+    def _kept(self, name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.detach().cpu()
+        kept = tensor.detach().cpu().to(self.dtype)
+        if not bool(torch.isfinite(kept).all()):
+            raise ConfigError(
+                f"{name} holds numbers that are not finite in {_name(self.dtype)}", "choose a wider dtype, or correct the model"
+            )
+        return kept
 
     def _write_rest(self, rest: Iterable[tuple[str, Tensor]]) -> set[str]:
         written: set[str] = set()
         held: dict[str, Tensor] = {}
         shard = 0
         for name, tensor in rest:
-            one = self._kept(tensor)
+            one = self._kept(name, tensor)
             if held and sum(other.nbytes for other in held.values()) + one.nbytes > _SHARD_BYTES:
                 self._save(self.folder / f"rest-{shard:05}.safetensors", held)
                 held, shard = {}, shard + 1

@@ -119,9 +119,14 @@ class Checkpoint:
         """Whether the embedding is the unembedding too. transformers' default is yes for some families, so a missing head decides."""
         return HEAD not in self.tensors or bool(self.config.get("tie_word_embeddings", False))
 
-    def layer(self, i: int) -> dict[str, Tensor]:
-        """Tensors of layer i by name relative to it, fused ones in their parts. Opens only the files that hold them."""
-        found = dict(self._read(self.layer_names(i)))
+    def layer(self, i: int, weights: bool = True) -> dict[str, Tensor]:
+        """Tensors of layer i by name relative to it, fused ones in their parts. Opens only the files that hold them.
+
+        Args:
+            weights: false leaves out what is quantised, without reading it.
+        """
+        left = set() if weights else {f"{name}.weight" for name in (*LINEARS, *FUSED)}
+        found = dict(self._read({name: where for name, where in self.layer_names(i).items() if name not in left}))
         sizes = {name: shape[0] for name, shape in self.shapes.items()}
         for whole, parts in self.fused.items():
             for end in (".weight", ".bias"):

@@ -1,4 +1,7 @@
-"""Packing codes into dense words and back, bytes of packed words a second on one core, beside copying those words (memcpy).
+"""Packing codes into dense words and back, bytes of packed words a second on one core, beside a copy of those words (memcpy).
+
+All three make their own result. Beyond some size the allocator asks the system for each, whose pages are then touched for the first time:
+that is part of all figures, and most of what unpacking many codes takes.
 
 Times are processor time, the least of some rounds in turn: other work on the machine stretches the wall clock. The first call of a width
 compiles (once a machine, where a folder can be written): `first_seconds` is its wall time.
@@ -37,11 +40,10 @@ def _measured(rows: int, columns: int, width: int, rounds: int) -> dict[str, flo
     packed = pack(codes, width)
     first = time.perf_counter() - began
     assert torch.equal(unpack(packed, width, columns), codes)
-    target = torch.empty_like(packed)
     jobs = {
         "pack": lambda: pack(codes, width),
         "unpack": lambda: unpack(packed, width, columns),
-        "memcpy": lambda: target.copy_(packed),
+        "memcpy": lambda: packed.clone(),
     }
     least = dict.fromkeys(jobs, float("inf"))
     for _ in range(rounds):

@@ -24,10 +24,11 @@ SIZES: dict[str, Any] = {
 }
 
 
-def qwen3(folder: Path, layers: int = 3, tied: bool = False, seed: int = 0) -> Path:
+def qwen3(folder: Path, layers: int = 3, tied: bool = False, seed: int = 0, width: int = 64) -> Path:
     from raysys.models.scratch import new_causal
 
-    spec = NewModel(hidden_size=64, layers=layers, heads=4, kv_heads=2, head_dim=32, ffn_size=96, tied=tied)
+    inner = 3 * width // 2
+    spec = NewModel(hidden_size=width, layers=layers, heads=4, kv_heads=2, head_dim=width // 2, ffn_size=inner, tied=tied)
     return new_causal(spec, folder, seed)
 
 

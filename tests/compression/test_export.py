@@ -118,12 +118,20 @@ def test_e5_a_module_of_another_width_or_group_is_refused_by_name(made: dict[str
     assert not export.have(1)
 
 
+def readable(bits: list[int]) -> bool:
+    """Newer compressed-tensors packs all widths densely, as vLLM does; 0.17 only those that divide 32."""
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    return all(helpers.pack_to_int32(torch.zeros(1, 32, dtype=torch.int8), width).shape == (1, width) for width in bits)
+
+
 @pytest.mark.parametrize(
-    ("family", "bits"), [("qwen3", [2, 4, 8]), ("tied", [4, 2, 2]), ("qwen2", [2, 4]), ("llama", [4, 2]), ("phi3", [2, 4])]
+    ("family", "bits"),
+    [("qwen3", [2, 4, 8]), ("qwen3", [3, 6, 2]), ("tied", [4, 2, 2]), ("qwen2", [2, 4]), ("llama", [4, 2]), ("phi3", [2, 4])],
 )
 def test_e6_transformers_computes_what_we_quantised(made: dict[str, Checkpoint], tmp_path: Path, family: str, bits: list[int]) -> None:
     """E10 too: scales of both signs."""
-    pytest.importorskip("compressed_tensors")
+    if not readable(bits):
+        pytest.skip("this compressed-tensors unpacks 3, 5, 6 and 7 bits in another layout")
     quantized = exported(made[family], tmp_path / "out", bits)
     assert any(bool((one.scale < 0).any()) for one in quantized.values())
     ours = logits_of(plain(made[family], quantized), IDS)
@@ -186,12 +194,14 @@ def test_e9_what_no_engine_serves_is_refused(made: dict[str, Checkpoint], tmp_pa
     ):
         with pytest.raises(ConfigError, match=rf"layer 0: {name} has .*{said}"):
             export.write(0, good | {name: wrong})
-    kept = {name: tensor for name, tensor in layer.items() if name.removesuffix(".weight") not in source.shapes}
+    kept = source.layer(0, weights=False)
     for extra in ("post_attention_layernorm.bias", "mlp.gate_proj.bias"):
         with pytest.raises(ConfigError, match=f"a qwen3 has no place for {extra}, so engines would drop it"):
             export.write(0, good, kept | {extra: torch.zeros(64)})
     with pytest.raises(ConfigError, match=r"input_layernorm\.weight missing"):
         export.write(0, good, {name: tensor for name, tensor in kept.items() if name != "input_layernorm.weight"})
+    with pytest.raises(ConfigError, match=r"layer 0: input_layernorm\.weight holds numbers that are not finite in float32"):
+        export.write(0, good, kept | {"input_layernorm.weight": torch.full((64,), float("inf"))})
     with pytest.raises(ConfigError, match="layer 0 must have"):
         export.write(0, {name: one for name, one in good.items() if name != "mlp.up_proj"})
     with pytest.raises(ConfigError, match="a qwen3 has no place for MLP biases"):
@@ -214,8 +224,7 @@ def test_biases_of_a_llama_are_served(made: dict[str, Checkpoint], tmp_path: Pat
     quantized = {}
     for i in range(2):
         layer = rounded(source, i, 4)
-        kept = {name: tensor for name, tensor in source.layer(i).items() if name.removesuffix(".weight") not in source.shapes}
-        export.write(i, layer, kept | ({"mlp.gate_proj.bias": bias} if i else {}))
+        export.write(i, layer, source.layer(i, weights=False) | ({"mlp.gate_proj.bias": bias} if i else {}))
         quantized |= {f"model.layers.{i}.{name}": one for name, one in layer.items()}
     export.finish()
     ours = plain(source, quantized)

@@ -43,6 +43,7 @@ def test_layers_and_rest_are_all_there_is(made: dict[str, Path]) -> None:
     layer = source.layer(1)
     assert {name: tuple(layer[f"{name}.weight"].shape) for name in source.linears} == source.shapes
     assert torch.equal(source.unembedding(), whole["lm_head.weight"])
+    assert source.layer(1, weights=False).keys() == layer.keys() - {f"{name}.weight" for name in source.linears}
 
 
 def test_a_layer_needs_its_own_shards_only(copy: Path) -> None:
