@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,8 +47,25 @@ def await_layers(place: Workplace, run: subprocess.Popen[bytes], name: str, coun
         time.sleep(0.01)
 
 
-def test_killed_and_resumed_it_is_the_same_file(place: Workplace, config: dict[str, Any]) -> None:
-    calm = place.run("quantize", "calm", config)
+@pytest.fixture(scope="module")
+def calm(place: Workplace, config: dict[str, Any]) -> Path:
+    return place.run("quantize", "calm", config)
+
+
+def test_layers_are_scored_quantised_measured_and_shown(place: Workplace, calm: Path) -> None:
+    assert [line["step"] for line in place.metrics("calm")] == list(range(12))
+    layers = json.loads((calm / "layer_map.json").read_text())
+    assert sorted(layers["bits"]) == [2] * 6 + [4] * 6 and len(layers["series"]["up/nv"]) == 12
+    evaluated = {one["label"]: one["measures"] for one in map(json.loads, (calm / "evaluation.jsonl").read_text().splitlines())}
+    assert set(evaluated) == {"full precision", "quantised", "quantised, with its correction"}
+    assert 3 < evaluated["quantised"]["bits_per_weight"] < 4 and evaluated["full precision"]["bits_per_weight"] == 32
+    assert not (calm / "dequantised").exists() and not (calm / "states").exists() and (calm / "corrections.safetensors").is_file()
+    report = (calm / "report.html").read_text()
+    assert "12 layers: 6 of 2 bits, 6 of 4 bits" in report and "<h2>Layers" in report
+
+
+@pytest.mark.long
+def test_killed_and_resumed_it_is_the_same_file(place: Workplace, config: dict[str, Any], calm: Path) -> None:
     run = place.start("quantize", "killed", config)
     await_layers(place, run, "killed", 2)
     run.kill()
@@ -60,13 +78,4 @@ def test_killed_and_resumed_it_is_the_same_file(place: Workplace, config: dict[s
     files = {path.name: path.read_bytes() for path in (calm / "export").iterdir() if path.is_file()}
     assert files == {path.name: path.read_bytes() for path in (place.folder / "killed" / "export").iterdir() if path.is_file()}
     lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in place.metrics(name)] for name in ("calm", "killed")]
-    assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == list(range(12))
-
-    layers = json.loads((calm / "layer_map.json").read_text())
-    assert sorted(layers["bits"]) == [2] * 6 + [4] * 6 and len(layers["series"]["up/nv"]) == 12
-    evaluated = {one["label"]: one["measures"] for one in map(json.loads, (calm / "evaluation.jsonl").read_text().splitlines())}
-    assert set(evaluated) == {"full precision", "quantised", "quantised, with its correction"}
-    assert 3 < evaluated["quantised"]["bits_per_weight"] < 4 and evaluated["full precision"]["bits_per_weight"] == 32
-    assert not (calm / "dequantised").exists() and not (calm / "states").exists() and (calm / "corrections.safetensors").is_file()
-    report = (calm / "report.html").read_text()
-    assert "12 layers: 6 of 2 bits, 6 of 4 bits" in report and "<h2>Layers" in report
+    assert lines[0] == lines[1]
