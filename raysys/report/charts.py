@@ -273,11 +273,11 @@ def script() -> str:
     return get_plotlyjs()
 
 
-def html(figure: Any, height: int) -> str:
-    """A figure in the pages' style, as a fragment."""
+def html(figure: Any, height: int, left: int = 52) -> str:
+    """A figure in the pages' style, as a fragment; `left` pixels for the labels of its rows."""
     figure.update_layout(
         height=height,
-        margin={"l": 52, "r": 14, "t": 12, "b": 42},
+        margin={"l": left, "r": 14, "t": 12, "b": 42},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 12, "color": "#7a808a"},

@@ -18,6 +18,8 @@ from raysys.report import charts, quantising, transcripts
 _SECRET = re.compile(r"(^|_)(secret|password|passwd|credential|credentials|api_key|access_key|auth_token|token)$", re.IGNORECASE)
 _USERINFO = re.compile(r"(\w+://)[^/@\s]+@")
 _SAMPLES = 5
+_SIDE_BY_SIDE = 4
+"""Models that fit beside one another as columns."""
 
 
 def render_report(run_dir: str | Path) -> Path:
@@ -111,9 +113,11 @@ def _pipeline(folder: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, An
 
 
 def _measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, float | None]]]:
-    """What evaluations measure besides accuracy: by measure, each row's label and value."""
+    """What evaluations measure besides accuracy: by measure, each row's label and value; of many models by label, each measure's."""
     names = dict.fromkeys(name for row in rows for name in row.get("measures", {}))
-    return {name: [(row["label"], row.get("measures", {}).get(name)) for row in rows] for name in names}
+    if len(rows) > max(_SIDE_BY_SIDE, len(names)) and names:
+        return {row["label"]: [(name.replace("_", " "), row.get("measures", {}).get(name)) for name in names] for row in rows}
+    return {name.replace("_", " "): [(row["label"], row.get("measures", {}).get(name)) for row in rows] for name in names}
 
 
 def _ends(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

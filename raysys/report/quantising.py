@@ -103,7 +103,7 @@ def _strip(layer_map: Mapping[str, Any]) -> str:
         )
         figure.update_yaxes(autorange="reversed", row=2, col=1)
     figure.update_xaxes(title_text="layer, darker: more sensitive" if series else "layer", row=rows, col=1)
-    return charts.html(figure, height=110 + 22 * len(series))
+    return charts.html(figure, height=120 + 22 * len(series), left=76)
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
