@@ -29,6 +29,7 @@ def render_study(folder: Path) -> Path:
         summary=_summary(study),
         cells=[_cell(cell, study["columns"], folder) for cell in study["cells"]],
         curves=[(title, Markup(html)) for title, html in charts.overlay({name: steps for name, steps in curves.items() if steps})],
+        pareto=Markup(pareto(study)),
         css=Markup((Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")),
         plotly=Markup(charts.script()),
     )
@@ -74,8 +75,30 @@ def _has_report(folder: Path, run: Mapping[str, Any]) -> bool:
 
 
 def _shown(values: Mapping[str, float | None], columns: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = [(values.get(column["title"]), column["share"]) for column in columns]
-    return ["–" if value is None else f"{value:.1%}" if share else f"{value:.2f}" for value, share in found]
+    found = [(values.get(column["title"]), column) for column in columns]
+    return ["–" if value is None else f"{value:.1%}" if of["share"] else f"{value:.{of.get('digits', 2)}f}" for value, of in found]
+
+
+def pareto(study: Mapping[str, Any]) -> str:
+    """Cells by the means of two columns, those that no other cell beats in both joined by a line; "" without two such cells."""
+    import plotly.graph_objects as go
+
+    if not study.get("pareto"):
+        return ""
+    titles = study["pareto"]
+    points = [(*(cell["mean"].get(title) for title in titles), cell["cell"]) for cell in study["cells"]]
+    points = sorted(point for point in points if None not in point)
+    if len(points) < 2:
+        return ""
+    figure = go.Figure()
+    x, y, names = ([point[place] for point in points] for place in range(3))
+    figure.add_scatter(x=x, y=y, text=names, mode="markers", marker={"size": 8, "color": charts.COLORS[0]}, name="cells")
+    best = [(one, value) for number, (one, value) in enumerate(zip(x, y)) if value < min(y[:number], default=float("inf"))]
+    line = {"color": charts.COLORS[1], "shape": "hv"}
+    figure.add_scatter(x=[one for one, _ in best], y=[value for _, value in best], mode="lines", line=line, name="best so far")
+    figure.update_xaxes(title_text=titles[0])
+    figure.update_yaxes(title_text=titles[1])
+    return charts.html(figure, height=380)
 
 
 def _steps(folder: Path) -> list[dict[str, Any]]:

@@ -34,12 +34,14 @@ class Study:
         cells: name to the keys that it sets, dotted, on top of the config.
         columns: of the table.
         told: metrics of a step that are shown while the study runs.
+        pareto: titles of two columns whose values, both better when smaller, are drawn against each other.
     """
 
     title: str
     cells: Mapping[str, Mapping[str, Any]]
     columns: Sequence[Column]
     told: Sequence[str] = ("loss",)
+    pareto: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)

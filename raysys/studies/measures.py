@@ -39,11 +39,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Column:
-    """Of a study's table. A `share` is shown in percent; None is a value that a run does not have (yet)."""
+    """Of a study's table. A `share` is shown in percent, others with so many digits; None is a value that a run does not have (yet)."""
 
     title: str
     of: Callable[[Seen], float | None]
     share: bool = True
+    digits: int = 2
 
 
 def number(value: Any) -> float | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import statistics
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from raysys.files import write_json
@@ -12,7 +15,7 @@ from raysys.studies.ablation import SETTLED, Plan, Planned
 from raysys.studies.measures import Seen
 
 log = logging.getLogger("raysys")
-FILE = "study.json"
+FILE, PARQUET = "study.json", "study.parquet"
 
 
 def summarize(plan: Plan) -> dict[str, Any]:
@@ -26,8 +29,9 @@ def summarize(plan: Plan) -> dict[str, Any]:
         cells.append(
             {"cell": cell, "set": dict(keys), "settled": len(settled), "collapsed": collapsed, "mean": _means(settled), "runs": runs}
         )
-    columns = [{"title": column.title, "share": column.share} for column in plan.study.columns]
-    return {"study": plan.name, "job": plan.job, "title": plan.study.title, "seeds": plan.seeds, "columns": columns, "cells": cells}
+    columns = [{"title": column.title, "share": column.share, "digits": column.digits} for column in plan.study.columns]
+    about = {"study": plan.name, "job": plan.job, "title": plan.study.title, "seeds": plan.seeds}
+    return about | {"columns": columns, "cells": cells, "pareto": list(plan.study.pareto) if plan.study.pareto else None}
 
 
 def _row(one: Planned, plan: Plan) -> dict[str, Any]:
@@ -62,22 +66,43 @@ def table(summary: Mapping[str, Any]) -> str:
         lines.append([cell["cell"], *_shown(summary, mean), f"{mean['steps']:.0f}" if mean["steps"] is not None else "-", state])
         for run in cell["runs"]:
             state = run["status"] + (f": {run['reason']}" if run["reason"] else "")
-            lines.append([f"  seed {run['seed']}", *_shown(summary, run["values"]), f"{run['steps']}/{run['steps_asked']}", state])
+            lines.append([f"  seed {run['seed']}", *_shown(summary, run["values"]), _steps(run), state])
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]) - 1)]
     return "\n".join("  ".join([*(text.ljust(width) for text, width in zip(line, widths)), line[-1]]).rstrip() for line in lines)
 
 
+def _steps(run: Mapping[str, Any]) -> str:
+    """A job whose config asks for no steps makes as many as it has layers, or rows."""
+    return f"{run['steps']}/{run['steps_asked']}" if run["steps_asked"] else str(run["steps"])
+
+
 def _shown(summary: Mapping[str, Any], values: Mapping[str, float | None]) -> list[str]:
-    found = [(values.get(column["title"]), column["share"]) for column in summary["columns"]]
-    return ["-" if value is None else f"{value:.1%}" if share else f"{value:.2f}" for value, share in found]
+    found = [(values.get(column["title"]), column) for column in summary["columns"]]
+    return ["-" if value is None else f"{value:.1%}" if of["share"] else f"{value:.{of['digits']}f}" for value, of in found]
+
+
+def parquet(summary: Mapping[str, Any], path: Path) -> None:
+    """One row a run: cell, seed, status, and a column for each of the table's; null where a run has no value (yet)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    runs = [(cell["cell"], run) for cell in summary["cells"] for run in cell["runs"]]
+    columns: dict[str, Any] = {"cell": pa.array([cell for cell, _ in runs], pa.string())}
+    columns |= {name: pa.array([run[name] for _, run in runs]) for name in ("seed", "status")}
+    for column in summary["columns"]:
+        columns[column["title"]] = pa.array([run["values"][column["title"]] for _, run in runs], pa.float64())
+    with tempfile.TemporaryDirectory(dir=path.parent) as draft:
+        pq.write_table(pa.table(columns), Path(draft) / path.name)
+        os.replace(Path(draft) / path.name, path)
 
 
 def publish(plan: Plan) -> dict[str, Any]:
-    """Writes `study.json` and `report.html`; a page that cannot be drawn stops no study."""
+    """Writes `study.json`, `study.parquet` and `report.html`; a page that cannot be drawn stops no study."""
     from raysys.report.study import render_study
 
     summary = summarize(plan)
     write_json(plan.folder / FILE, summary)
+    parquet(summary, plan.folder / PARQUET)
     try:
         render_study(plan.folder)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -96,7 +96,8 @@ class Told(tune.Callback):
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
         if result.get("status") == "running":
             told = "  ".join(f"{name} {result[name]:.4g}" for name in self._plan.study.told if name in result)
-            log.info("%s: step %d/%d  %s", _name(trial), result["step"] + 1, self._runs[_name(trial)].steps, told)
+            steps = self._runs[_name(trial)].steps
+            log.info("%s: step %d%s  %s", _name(trial), result["step"] + 1, f"/{steps}" if steps else "", told)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._ended(self._runs[_name(trial)])
