@@ -25,7 +25,7 @@ def die_with_parent(parent: int | None = None) -> None:
 
 @contextmanager
 def imports() -> Iterator[None]:
-    """Large imports within: they make a million objects that stay; collections in between find nothing and take a seventh of the time."""
+    """Large imports within: they make very many objects that stay, and collections in between take their time and find nothing."""
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from raysys.assembly import Hardware
 from raysys.checks import local_or_id
 from raysys.compression.calibration import token_windows, warnings
-from raysys.config.quantising import BY_WEIGHTS, QuantizeConfig, Windows
+from raysys.config.quantising import BY_WEIGHTS, FOLDS, QuantizeConfig, Windows
 from raysys.data.text import context_length
 from raysys.errors import ConfigError, DeadlineError
 from raysys.files import append_json, read_json_lines, write_json
-from raysys.quantising_work import FOLDS, Quantiser, Work, facts_of, unembedding_of
+from raysys.quantising_work import Quantiser, Work, facts_of, unembedding_of
 from raysys.report.live import Live
 from raysys.report.metrics import MetricsWriter
 from raysys.report.progress import Progress

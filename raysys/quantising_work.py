@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raysys.compression.calibration import TokenWindows
-from raysys.config.quantising import QuantizeConfig
+from raysys.config.quantising import FOLDS, QuantizeConfig
 
 if TYPE_CHECKING:
     from raysys.compression.export import Export
@@ -22,8 +22,6 @@ EXPORT, PLAIN = "export", "dequantised"
 FULL, QUANTISED, CORRECTED = "full precision", "quantised", "quantised, with its correction"
 """What evaluations call the models."""
 FOLDED, LEFT_OUT = "folded into biases of gate and up", "left out: the family has no place for it; see corrections.safetensors"
-FOLDS = ("llama",)
-"""Families whose MLP can have biases, which is where DAC's bias can go."""
 
 
 @dataclass(frozen=True)

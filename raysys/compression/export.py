@@ -22,6 +22,7 @@ from torch import Tensor
 
 from raysys.compression.packing import pack
 from raysys.compression.shards import ABOUT, HEAD, INDEX, Checkpoint, header
+from raysys.config.quantising import FOLDS
 from raysys.errors import CheckpointError, ConfigError
 from raysys.files import sync, write_atomically, write_json, writing
 from raysys.methods.d2quant import Quantized, absorb
@@ -29,8 +30,6 @@ from raysys.methods.d2quant import Quantized, absorb
 WIDTHS = range(2, 9)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MLP_BIASES = ("mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias")
-_MLP_BIAS_FAMILIES = ("llama",)
-"""Whose config can say that the MLP has biases."""
 _COPIED = (".json", ".txt", ".jinja", ".model", ".tiktoken")
 _LEFT = ("config.json", ABOUT)
 _SHARD_BYTES = 2**31
@@ -184,7 +183,7 @@ class Export:
                 raise ConfigError(
                     f"{name} has {columns} inputs, no multiple of group_size={self.group_size}", "choose a group_size that divides them"
                 )
-        if self.mlp_bias and self.source.config.get("model_type") not in _MLP_BIAS_FAMILIES:
+        if self.mlp_bias and self.source.config.get("model_type") not in FOLDS:
             raise ConfigError(
                 f"a {self.source.config.get('model_type')} has no place for MLP biases", "leave the correction of norms out of the file"
             )

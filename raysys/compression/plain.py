@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from raysys.compression.shards import HEAD, INDEX, Checkpoint, header
+from raysys.compression.shards import ABOUT, HEAD, INDEX, Checkpoint, header
 from raysys.errors import CheckpointError
 from raysys.files import write_atomically, write_json, writing
 from raysys.methods.d2quant import Quantized
-
-ABOUT = "compression.json"
 
 
 class Plain:
@@ -35,7 +34,7 @@ class Plain:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Of the weights: the source's."""
         return self._source.layer(0)["mlp.down_proj.weight"].dtype

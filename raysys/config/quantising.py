@@ -14,6 +14,8 @@ Method = Literal["rtn", "gptq", "gptaq", "d2quant"]
 Allocation = Literal["nsds", "zd", "mse", "kurtosis", "first_half", "last_half", "random", "uniform"]
 BY_WEIGHTS = ("nsds", "zd", "mse", "kurtosis")
 """Allocations that look at the weights."""
+FOLDS = ("llama",)
+"""Families whose config can say that the MLP has biases, which is where DAC's can go."""
 
 
 class Windows(Config):
