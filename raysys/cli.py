@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="parameters, memory by part, placement, and what does not fit; starts nothing")
     plan.add_argument(
-        "config", help="YAML of a gopd, hpd, search_agent, pretrain_moe, sft, generate or evaluate job, or of a pipeline of these"
+        "config", help="YAML of a gopd, hpd, search_agent, pretrain_moe, quantize, sft, generate or evaluate job, or of a pipeline of these"
     )
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.add_argument(
@@ -90,7 +90,7 @@ def _configs(path: Path, overrides: Sequence[str]) -> list[tuple[str, Run]]:
     return [
         (f"{stage.name} ({stage.job})", stage.config)
         for stage in planned.stages
-        if stage.same_as is None and stage.job not in ("questions", "local_text", "quantize")
+        if stage.same_as is None and stage.job not in ("questions", "local_text")
     ]
 
 
@@ -100,6 +100,8 @@ def job_of(values: dict[str, object], path: Path = Path()) -> str:
         return path.parent.name
     if "optimiser" in values or "router" in values:
         return "pretrain_moe"
+    if "model" in values and {"allocation", "method", "calibration"} & values.keys():
+        return "quantize"
     if "search" in values:
         return "search_agent"
     if "teachers" in values and {"loss", "use_student_sample", "use_reinforce"} & values.keys():
@@ -109,7 +111,7 @@ def job_of(values: dict[str, object], path: Path = Path()) -> str:
             # Who has teachers and nobody to teach wants their answers; a misspelt student is not nobody.
             return "generate" if key == "teachers" and not difflib.get_close_matches("student", list(values)) else job
     raise ConfigError(
-        "this file is no config of gopd, hpd, search_agent, pretrain_moe, sft, generate, evaluate or pipeline",
+        "this file is no config of gopd, hpd, search_agent, pretrain_moe, quantize, sft, generate, evaluate or pipeline",
         "it has none of the keys stages, teachers, models, data",
     )
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from raysys.config.agents import SearchAgentConfig
 from raysys.config.parts import Rollout, Scoring, Trainer
+from raysys.config.quantising import QuantizeConfig
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, OnData, Run, SftConfig
 from raysys.errors import ConfigError
 
@@ -160,9 +161,13 @@ def estimate(config: Run, device: Device) -> Estimate:
             trainer_place(config.trainer, student, config.weights.bucket_mib << 20, device),
         ]
         return Estimate({"student": student}, places, device, bounds(student, config.rollout, config.trainer, _length(config), device))
+    if isinstance(config, QuantizeConfig):
+        from raysys.plan_quantising import estimate_quantising
+
+        return estimate_quantising(config, shape_of(config.model, scratch), device)
     if not isinstance(config, GopdConfig):
         raise ConfigError(
-            f"no plan for {type(config).__name__}", "plan takes configs of gopd, hpd, search_agent, sft, generate and evaluate"
+            f"no plan for {type(config).__name__}", "plan takes configs of gopd, hpd, search_agent, quantize, sft, generate and evaluate"
         )
     names = {"student": config.student} | {f"teacher {tag}": name for tag, name in config.teachers.items()}
     if config.reward_scale != 1 and config.reference is not None:
@@ -296,7 +301,10 @@ def bounds(shape: Shape, rollout: Rollout, trainer: Trainer, length: int, device
 
 # -- as text
 
-COLUMNS = ("weights", "gradients", "optimiser", "activations", "logits", "gathered", "bucket", "KV cache", "process", "left free")
+COLUMNS = (
+    *("weights", "layer", "statistics", "gradients", "optimiser", "activations", "logits", "gathered", "bucket", "KV cache", "process"),
+    "left free",
+)
 
 
 def render(found: Estimate) -> str:

@@ -245,8 +245,7 @@ def _evaluate(config: QuantizeConfig, session: Session, ask: Any, told: Mapping[
             continue
         measures = dict(sizes)
         if config.evaluation is not None:
-            found = ask("perplexity", "deadlines.train", config.deadlines.train, label)
-            measures = {"perplexity": found["perplexity"], "nll": found["nll"]} | measures
+            measures = ask("perplexity", "deadlines.train", config.deadlines.train, label) | measures
         append_json(path, {"step": 0, "label": label, "mean": 0.0, "domains": {}, "measures": measures})
         log.info("%s: %s", label, "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in measures.items()))
 

@@ -101,7 +101,8 @@ class Quantiser:
         return {"models": models, "seconds": time.monotonic() - began}
 
     def perplexity(self, label: str) -> dict[str, float]:
-        """Of the held-out windows under one of the models of `finish`, a layer at a time."""
+        """Of the held-out windows under one of the models of `finish`, a layer at a time; where they are tasks, `accuracy` too: the share
+        of answers that greedy decoding writes token for token."""
         from raysys.compression.corrections import Corrections
         from raysys.compression.shards import Checkpoint
         from raysys.compression.walk import walk
@@ -116,7 +117,8 @@ class Quantiser:
             self._work.config.batch,
             biases,
         )
-        return {"perplexity": found.value, "nll": found.mean}
+        tasks = bool((windows.starts > 1).any())
+        return {"perplexity": found.value, "nll": found.mean} | ({"accuracy": found.accuracy} if tasks else {})
 
     def close(self) -> None:
         """Removes what only the evaluation needed."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raysys import cli, doctor, plan
+from raysys import cli, doctor, plan, plan_quantising
 from raysys.config.parts import Rollout, Scoring, Trainer
 from raysys.config.runs import GopdConfig, NewModel
 from raysys.methods import logprobs_blocks
@@ -223,3 +223,28 @@ def test_doctor_goes_on_past_a_broken_check(monkeypatch: pytest.MonkeyPatch, cap
     assert "FAIL  import torch: no module -> install it" in lines
     assert any(line.startswith("warn  broken: could not be examined: OSError") for line in lines)
     assert lines[-1].endswith("1 failed")
+
+
+# -- quantisation
+
+
+def test_quantising_is_planned_by_its_counts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from raysys.config.quantising import QuantizeConfig
+    from raysys.plan_quantising import file_bytes, linears, states_bytes
+
+    one = shape(100_000)
+    assert linears(one) == 64 * (2 * 64 + 2 * 32 + 3 * 128) == 36_864
+    # two layers of 36,864 weights in 3 bits with a 2-byte scale for each 64, the rest in 2 bytes
+    assert file_bytes(one, 3, 64, 2) == 2 * 36_864 * (3 / 8 + 2 / 64) + (100_000 - 2 * 36_864) * 2
+    windows = {"path": "t.txt", "samples": 10, "length": 20}
+    config = QuantizeConfig.model_validate({"model": "m", "method": "gptq", "calibration": windows, "batch": 2})
+    assert states_bytes(config, one, 4) == 2 * 3 * 10 * 20 * 64 * 4
+    place = plan_quantising.estimate_quantising(config, one, GPU).places[0]
+    assert place.parts["statistics"] == 6 * 4 * 128**2 and place.gpus == 1 and place.parts["logits"] == 0
+    assert cli.main(["plan", str(CONFIGS / "quantize" / "paper.yaml"), "--gpus", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "published numbers of Qwen3-8B" in out and "before it 36 scoring tasks" in out and "everything fits" in out
+    assert cli.main(["plan", str(CONFIGS / "quantize" / "paper.yaml"), "--gpu-gib", "4"]) == 1
+    assert "quantiser needs" in capsys.readouterr().out
+    (tmp_path / "mine.yaml").write_text("model: Qwen/Qwen3-8B\nmethod: rtn\n")
+    assert cli.main(["plan", str(tmp_path / "mine.yaml")]) == 0

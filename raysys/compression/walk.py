@@ -33,7 +33,7 @@ def walk(
     biases: Mapping[int, Tensor] | None = None,
     told: Callable[[int], None] | None = None,
 ) -> Perplexity:
-    """Perplexity of the windows' tokens from each one's start on.
+    """Perplexity of the windows' tokens from each one's start on, and how many of them greedy decoding would write.
 
     Args:
         skeleton: of the model.
@@ -76,10 +76,12 @@ def _ends(skeleton: Skeleton, windows: TokenWindows, stream: Stream, layers: int
         length = int(windows.lengths[number])
         last = skeleton.norm(states[number : number + 1].to(skeleton.device), {"weight": norm})[0, :length]
         own = torch.from_numpy(windows.ids[number, :length]).long().to(skeleton.device)
-        start = int(windows.starts[number])
+        start, greedy = int(windows.starts[number]), True
         # Logits of a prompt are not needed, and those of a long window are many: only what is counted is made.
         for first in range(start, length, 512):
             end = min(first + 512, length)
             logits = last[first - 1 : end] @ head.T
             found.add(*window_nll(logits, own[first - 1 : end]))
+            greedy &= torch.equal(logits[:-1].argmax(-1), own[first:end])
+        found.end(greedy)
     return found

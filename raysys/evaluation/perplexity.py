@@ -59,14 +59,27 @@ def window_nll(logits: Tensor, ids: Tensor, start: int = 1) -> tuple[float, int]
 
 @dataclass
 class Perplexity:
-    """A running token mean."""
+    """A running token mean, and the share of windows whose every token was the most likely one."""
 
     nll: float = 0.0
     tokens: int = 0
+    windows: int = 0
+    greedy: int = 0
 
     def add(self, nll: float, tokens: int) -> None:
         """A sum over some tokens, and how many they are."""
         self.nll, self.tokens = self.nll + nll, self.tokens + tokens
+
+    def end(self, greedy: bool) -> None:
+        """A window's end. `greedy`: greedy decoding from its start would have written it."""
+        self.windows, self.greedy = self.windows + 1, self.greedy + greedy
+
+    @property
+    def accuracy(self) -> float:
+        """Share of windows that greedy decoding writes. Raises ValueError: none has ended."""
+        if not self.windows:
+            raise ValueError("no window has ended")
+        return self.greedy / self.windows
 
     @property
     def mean(self) -> float:

@@ -17,6 +17,8 @@ import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+from rapidfuzz.distance import Levenshtein
+
 Form = Literal["code", "paper"]
 
 
@@ -72,54 +74,13 @@ def silver_documents(rollouts: Sequence[Mapping[str, Any]], *, threshold: float 
     return _shown(_contributors([_read(rollout, index) for index, rollout in enumerate(rollouts)], threshold, form))
 
 
-def word_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """Levenshtein distance of two lists of words.
-
-    Bit-parallel: of the table's column at a word of the shorter list only the differences between neighbours are kept, one bit a word of
-    the longer list (Myers, J. ACM 46, 1999).
-    """
-    short, long = sorted((a, b), key=len)
-    places, every = _places(long), (1 << len(long)) - 1
-    rises, falls = every, 0  # down the column
-    for word in short:
-        same = places.get(word, 0)
-        level = ((((same & rises) + rises) ^ rises) | same | falls) & every  # along the diagonal
-        right, left = falls | (every ^ (level | rises)), rises & level  # along the row: up by one, down by one
-        right, left = (right << 1 | 1) & every, left << 1 & every
-        rises, falls = left | (every ^ (level | right)), right & level
-    return len(short) + rises.bit_count() - falls.bit_count()
-
-
-def common_words(a: Sequence[str], b: Sequence[str], places: Mapping[str, int] | None = None) -> int:
-    """Length of the longest common subsequence, in a quarter of the distance's time. `places` of `a`, where they are at hand.
-
-    Bit-parallel likewise: a bit of 0 is a word of `a` at which the row of the table rises (Hyyrö, AWOCA 2004).
-    """
-    places = _places(a) if places is None else places
-    every = (1 << len(a)) - 1
-    row = every
-    for word in b:
-        if same := row & places.get(word, 0):
-            row = (row + same) | (row - same)
-    return len(a) - (row & every).bit_count()
-
-
-def _places(words: Sequence[str]) -> dict[str, int]:
-    """Where each word stands, as bits."""
-    places: dict[str, int] = {}
-    for index, word in enumerate(words):
-        places[word] = places.get(word, 0) | 1 << index
-    return places
-
-
 def _calibrated(steps: list[_Step], silver: set[Hashable], similarity: float, shared: int) -> Iterator[float]:
     seen: set[Hashable] = set()
-    words: dict[int, _Words] = {}
+    words: dict[int, list[str]] = {}
 
-    def thinking(index: int) -> _Words:
+    def thinking(index: int) -> list[str]:
         if index not in words:
-            order = steps[index].think.split()
-            words[index] = _Words(order, _places(order))
+            words[index] = steps[index].think.split()
         return words[index]
 
     for index, step in enumerate(steps):
@@ -140,20 +101,13 @@ def _bare(steps: list[_Step], silver: set[Hashable], similarity: float, shared: 
         yield len(shown & silver) / len(shown) if shown else 0.0
 
 
-class _Words(NamedTuple):
-    order: list[str]
-    places: dict[str, int]
-
-
-def _alike(a: _Words, b: _Words, similarity: float) -> bool:
-    """Whether 1 - distance / longest > similarity; texts without words are like nothing."""
-    longest = max(len(a.order), len(b.order))
+def _alike(a: list[str], b: list[str], similarity: float) -> bool:
+    """Whether 1 - distance / longest > similarity, the distance being Levenshtein's over words; texts without words are like nothing."""
+    longest = max(len(a), len(b))
     if not longest:
         return False
-    # What stays is a common subsequence, all else of the longer text is edited: this bound spares most pairs the distance.
-    if 1 - (longest - common_words(a.order, b.order, a.places)) / longest <= similarity:
-        return False
-    return 1 - word_distance(a.order, b.order) / longest > similarity
+    most = longest - math.floor(similarity * longest)  # beyond it the answer is no, so the exact distance is not sought
+    return 1 - Levenshtein.distance(a, b, score_cutoff=most) / longest > similarity
 
 
 def _contributors(group: list[_Rollout], threshold: float, form: Form) -> list[_Rollout]:

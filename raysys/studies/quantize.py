@@ -35,11 +35,9 @@ def _cells() -> dict[str, dict[str, Any]]:
 
 
 def _of(seen: Seen, label: str, name: str) -> float | None:
-    """A measure of one of the models that a run evaluates; of several in which corrections are left out or in, the best."""
-    found = [
-        value for one in seen.evaluations if one["label"].startswith(label) and (value := number(one["measures"].get(name))) is not None
-    ]
-    return min(found) if found else None
+    """A measure of one of the models that a run evaluates; of two in which corrections are left out or in, of the likelier one."""
+    found = [one["measures"] for one in seen.evaluations if one["label"].startswith(label)]
+    return number(min(found, key=lambda one: one.get("perplexity", 0.0)).get(name)) if found else None
 
 
 SENSITIVITY = Study(
@@ -49,6 +47,8 @@ SENSITIVITY = Study(
         Column("bits per weight", lambda seen: _of(seen, "quantised", "bits_per_weight"), share=False, digits=3),
         Column("perplexity", lambda seen: _of(seen, "quantised", "perplexity"), share=False, digits=4),
         Column("full precision", lambda seen: _of(seen, "full precision", "perplexity"), share=False, digits=4),
+        Column("accuracy", lambda seen: _of(seen, "quantised", "accuracy")),
+        Column("full precision's accuracy", lambda seen: _of(seen, "full precision", "accuracy")),
         Column("megabytes", lambda seen: _of(seen, "quantised", "megabytes"), share=False),
         Column("error of the states", lambda seen: seen.mean("error_after", 1), share=False, digits=5),
     ),

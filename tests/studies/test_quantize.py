@@ -33,7 +33,8 @@ def leave(one: ablation.Planned, bits: float, perplexities: dict[str, float]) ->
         json.dumps({"step": 0, "error_after": 0.5}) + "\n" + json.dumps({"step": 1, "error_after": 0.25})
     )
     lines = [
-        {"step": 0, "label": label, "measures": {"perplexity": found, "bits_per_weight": bits}} for label, found in perplexities.items()
+        {"step": 0, "label": label, "measures": {"perplexity": found, "accuracy": 1 / found, "bits_per_weight": bits}}
+        for label, found in perplexities.items()
     ]
     (one.folder / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (one.folder / "ledger" / "finished.json").write_text(json.dumps({"step": 2, "steps_asked": 0}))
@@ -54,6 +55,7 @@ def test_the_table_and_the_file_have_each_models_own_measures(plan: ablation.Pla
     summary = publish(plan)
     (run,) = (run for run in summary["cells"][0]["runs"] if run["seed"] == 0)
     assert run["status"] == "done" and run["values"]["full precision"] == 5.0 and run["values"]["perplexity"] == 8.0
+    assert (run["values"]["accuracy"], run["values"]["full precision's accuracy"]) == (1 / 8, 1 / 5)
     assert run["values"]["error of the states"] == 0.25 and run["values"]["bits per weight"] == 2.25
     rows = pq.read_table(plan.folder / "study.parquet").to_pylist()
     assert len(rows) == len(plan.runs) and rows[0]["cell"] == first.cell and rows[0]["perplexity"] == 8.0 and rows[1]["perplexity"] is None

@@ -1,0 +1,76 @@
+"""What quantising a model needs: memory of the actor that goes through it, of the tasks that look at its layers, disk, and the file's size.
+
+Legend: n inputs of the widest linear layer, P parameters of a layer's linears, N windows of L positions, D width, V vocabulary.
+
+    a layer        its weights as stored, two blocks of it, and what is made of the largest linear in float32
+    statistics     sums H and D of n^2 float32 numbers, the copies that they are read as, and the factor's two
+    activations    one forward pass of `batch` windows through both blocks
+    evaluation     the unembedding [V, D]
+
+Sizes of weights, sums and files are counts, the rest is an estimate on the high side.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from raysys.config.quantising import BY_WEIGHTS, QuantizeConfig
+from raysys.plan import PROCESS, Device, Estimate, Place, amount
+
+if TYPE_CHECKING:
+    from raysys.models.shape import Shape
+
+SCORING_WORK = 0.75 * 2**30
+"""Beside a layer's weights, of a task that computes NSDS on the shapes of an 8B model (`python -m tests.bench nsds`)."""
+
+
+def linears(shape: Shape) -> int:
+    """Parameters of one layer's linears, those that get codes."""
+    query, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return shape.hidden * (2 * query + 2 * keys + 3 * shape.ffn)
+
+
+def file_bytes(shape: Shape, bits: float, group_size: int, width: int) -> float:
+    """Of the compressed checkpoint: codes, a scale of `width` bytes a group, and what is not quantised."""
+    coded = shape.layers * linears(shape)
+    return coded * (bits / 8 + width / group_size) + (shape.parameters - coded) * width
+
+
+def states_bytes(config: QuantizeConfig, shape: Shape, width: int) -> float:
+    """Of hidden states on disk: two streams of calibration windows at three places, or one of evaluation windows at two."""
+    sizes = [
+        (part.samples * part.length * shape.hidden * width, many)
+        for part, many in ((config.calibration, 6), (config.evaluation, 2))
+        if part
+    ]
+    return float(max((size * many for size, many in sizes), default=0))
+
+
+def estimate_quantising(config: QuantizeConfig, shape: Shape, device: Device) -> Estimate:
+    """The one actor; what comes before it and what lies on disk are notes."""
+    width, layer = device.width, linears(shape)
+    widest = max(shape.ffn, shape.heads * shape.head_dim, shape.hidden)
+    windows = max((part.length for part in (config.calibration, config.evaluation) if part is not None), default=0)
+    held = states_bytes(config, shape, width)
+    parts = {
+        "layer": float(layer * 3 * width + 4 * 4 * shape.ffn * shape.hidden),
+        "statistics": 0.0 if config.method == "rtn" else 6.0 * 4 * widest**2,
+        "activations": 2.0 * config.batch * windows * (6 * shape.hidden + 3 * shape.ffn) * width,
+        "logits": float(width * shape.vocabulary * shape.hidden + 2 * 4 * 512 * shape.vocabulary) if config.evaluation else 0.0,
+        "process": PROCESS,
+    }
+    made = file_bytes(shape, config.bits, config.group_size, width)
+    dequantised = width * shape.parameters if config.keep_dequantised or config.evaluation else 0
+    notes = [
+        f"{config.method}, {config.bits:g} bits on average by {config.allocation}",
+        f"export/ {amount(made)} ({8 * made / shape.parameters:.2f} bits a weight with all that is not quantised)",
+        f"disk meanwhile {amount(held + dequantised)} more",
+    ]
+    remedy = (
+        "lower batch, or the windows' length" if parts["activations"] > parts["statistics"] else "use a GPU with more memory, or device=cpu"
+    )
+    if config.allocation in BY_WEIGHTS:
+        task = 4.0 * layer + SCORING_WORK * min(1.0, shape.hidden / 4096) + PROCESS
+        notes.append(f"before it {min(config.scoring_tasks or shape.layers, shape.layers)} scoring tasks of {amount(task)} on CPUs")
+    places = [Place("quantiser", 1, int(device.kind == "gpu"), parts, notes, remedy)]
+    return Estimate({"model": shape}, places, device, {})
