@@ -43,6 +43,14 @@ def write_json(path: Path, record: Mapping[str, Any] | Sequence[Any]) -> None:
     write_atomically(path, json.dumps(record, indent=1))
 
 
+def write_shared_json(path: Path, record: Mapping[str, Any] | Sequence[Any]) -> None:
+    """As `write_json`, of a file that several processes may write simultaneously; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_name(f".{path.name}.{os.getpid()}")
+    write_json(own, record)
+    os.replace(own, path)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """The file holds the old text or the new one, never half of it."""
     draft = path.with_name(f".{path.name}.draft")

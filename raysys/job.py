@@ -69,8 +69,8 @@ def main(job: str, kind: type[Kind], argv: Sequence[str] | None = None, studies:
             from raysys.studies import command
 
             return command.run(job, kind, arguments, studies or {})
-        if arguments.seeds or arguments.concurrent:
-            raise ConfigError("--seeds and --concurrent are of --study", f"studies of {job}: {', '.join(studies or {})}")
+        if arguments.seeds or arguments.cells or arguments.concurrent:
+            raise ConfigError("--seeds, --cells and --concurrent are of --study", f"studies of {job}: {', '.join(studies or {})}")
         config = kind.load(arguments.config or default_config(job), arguments.overrides)
         if config.restarts and not arguments.check and supervise.attempt() is None:
             os.environ.setdefault("RAYSYS_COMMAND", shlex.join(["python", *sys.argv]))
@@ -177,7 +177,7 @@ def _parser(job: str, studies: bool = False) -> argparse.ArgumentParser:
     parser.add_argument("--config", help=f"YAML file; default jobs/configs/{job}/local.yaml")
     parser.add_argument("--check", action="store_true", help="validate and leave; starts nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.set_defaults(study=None, seeds=None, concurrent=None)
+    parser.set_defaults(study=None, seeds=None, cells=None, concurrent=None)
     if studies:
         from raysys.studies.command import add_to
 

@@ -20,8 +20,8 @@ from raysys.compression.calibration import token_windows, warnings
 from raysys.config.quantising import BY_WEIGHTS, FOLDS, QuantizeConfig, Windows
 from raysys.data.text import context_length
 from raysys.errors import ConfigError, DeadlineError
-from raysys.files import append_json, read_json_lines, write_json
-from raysys.quantising_work import Quantiser, Work, facts_of, unembedding_of
+from raysys.files import append_json, read_json_lines, write_json, write_shared_json
+from raysys.quantising_work import Quantiser, Work, facts_of, facts_options, known_of, unembedding_of
 from raysys.report.live import Live
 from raysys.report.metrics import MetricsWriter
 from raysys.report.progress import Progress
@@ -167,11 +167,11 @@ def _allocated(config: QuantizeConfig, checkpoint: Checkpoint, session: Session)
 
 
 def _facts(config: QuantizeConfig, checkpoint: Checkpoint, session: Session) -> list[dict[str, float]]:
-    """What tasks find out about the layers' weights; kept in files, so that none is asked twice."""
+    """What tasks find out about the layers' weights; kept in files, so that none is asked twice, nor by another run that shares them."""
     import ray
 
-    folder = session.folder / "ledger" / "facts"
-    folder.mkdir(exist_ok=True)
+    shared = known_of(checkpoint, config, config.allocation, **facts_options(config))
+    folder = shared or session.folder / "ledger" / "facts"
     paths = [folder / f"{i:05d}.json" for i in range(checkpoint.layers)]
     waiting = [i for i, path in reversed(list(enumerate(paths))) if not path.is_file()]
     if waiting:
@@ -189,7 +189,7 @@ def _facts(config: QuantizeConfig, checkpoint: Checkpoint, session: Session) -> 
             if not ready:
                 raise DeadlineError("a scoring task", "score", limit, "deadlines.score")
             found = get(ready[0], timeout=limit, actor="a scoring task", operation="score", knob="deadlines.score")
-            write_json(paths[running.pop(ready[0])], found)
+            write_shared_json(paths[running.pop(ready[0])], found)
     return [json.loads(path.read_text()) for path in paths]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from raysys.compression.calibration import TokenWindows
 from raysys.config.quantising import FOLDS, QuantizeConfig
+from raysys.files import write_shared_json
 
 if TYPE_CHECKING:
     from raysys.compression.export import Export
@@ -47,6 +50,19 @@ class Work:
     about: dict[str, Any]
 
 
+def known_of(checkpoint: Checkpoint, config: QuantizeConfig, what: str, **depends: Any) -> Path | None:
+    """Where runs share `what` of this checkpoint, which `depends` on these values; None where they do not share."""
+    if config.shared is None:
+        return None
+    told = json.dumps(depends, sort_keys=True, default=str)
+    return Path(config.shared).absolute() / checkpoint.digest()[:16] / f"{what}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+
+def facts_options(config: QuantizeConfig) -> dict[str, Any]:
+    """What the facts of a layer depend on, beside its weights."""
+    return {"energy": config.energy, "form": config.expressiveness, "low": config.low, "group_size": config.group_size}
+
+
 def unembedding_of(checkpoint: Checkpoint, config: QuantizeConfig) -> Any:
     """What NSDS reads layers against; None for other allocations."""
     from raysys.compression.sensitivity import basis_of
@@ -59,8 +75,7 @@ def facts_of(checkpoint: Checkpoint, i: int, config: QuantizeConfig, basis: Any)
     from raysys.compression.sensitivity import layer_facts
 
     criterion: Any = config.allocation
-    options: dict[str, Any] = {"energy": config.energy, "form": config.expressiveness, "low": config.low, "group_size": config.group_size}
-    return layer_facts(checkpoint, i, [criterion], basis, **options)
+    return layer_facts(checkpoint, i, [criterion], basis, **facts_options(config))
 
 
 class Quantiser:
@@ -107,18 +122,25 @@ class Quantiser:
         from raysys.compression.shards import Checkpoint
         from raysys.compression.walk import walk
 
-        windows = self._work.held_out
+        windows, config = self._work.held_out, self._work.config
         assert windows is not None
+        depends = {"windows": windows.digest, "starts": windows.starts.tolist(), "batch": config.batch, "threads": config.threads}
+        known = known_of(self._checkpoint, config, "perplexity", **depends, dtype=self._work.dtype, device=self._work.device)
+        if label == FULL and known is not None and known.is_file():
+            return json.loads(known.read_text())
         source = self._checkpoint if label == FULL else Checkpoint.open(self._plain)
         biases = Corrections(self._work.folder).read() if label == CORRECTED else None
         skeleton = self._skeleton(source.folder, windows.ids.shape[1])
         found = walk(
             *(skeleton, windows, source.layer, source.tensor, source.unembedding, self._work.folder / "states"),
-            self._work.config.batch,
+            config.batch,
             biases,
         )
         tasks = bool((windows.starts > 1).any())
-        return {"perplexity": found.value, "nll": found.mean} | ({"accuracy": found.accuracy} if tasks else {})
+        measures = {"perplexity": found.value, "nll": found.mean} | ({"accuracy": found.accuracy} if tasks else {})
+        if label == FULL and known is not None:
+            write_shared_json(known, measures)
+        return measures
 
     def close(self) -> None:
         """Removes what only the evaluation needed."""

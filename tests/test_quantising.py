@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from raysys import pipeline
+from raysys.compression.calibration import token_windows
+from raysys.compression.shards import Checkpoint
 from raysys.config.quantising import QuantizeConfig
 from raysys.config.runs import NewModel
 from raysys.errors import ConfigError
 from raysys.models.scratch import new_causal
 from raysys.pipeline import Planned
 from raysys.quantising import check_quantize
+from raysys.quantising_work import FULL, Quantiser, Work, facts_options, known_of
 
 SMALL: dict[str, Any] = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 32, "ffn_size": 96, "context": 64}
 ADD = {"task": "chain_sum", "params": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, "style": "scratchpad"}
@@ -67,6 +70,27 @@ def test_a_checkpoint_that_is_none_is_named(model: Path, tmp_path: Path, key: st
     with pytest.raises(ConfigError) as caught:
         check_quantize(config(tmp_path))
     assert told in str(caught.value)
+
+
+def test_runs_share_what_is_known_of_a_model_and_nothing_else(model: Path, tmp_path: Path) -> None:
+    windows = {"source": {"domains": {"add": ADD}}, "samples": 4, "length": 24}
+    base = {"method": "rtn", "shared": str(tmp_path / "shared"), "evaluation": windows, "batch": 2, "threads": 1}
+
+    def measured(name: str, **more: Any) -> dict[str, float]:
+        settings, checkpoint = config(model, **base | more), Checkpoint.open(model)
+        held_out = token_windows(settings.evaluation, str(model), 0, "evaluation", in_order=True)  # type: ignore[arg-type]
+        folder = tmp_path / name
+        return Quantiser(Work(settings, checkpoint.folder, folder, [4, 4], None, held_out, "cpu", "float32", {})).perplexity(FULL)
+
+    first = measured("first")
+    (known,) = (tmp_path / "shared").rglob("perplexity-*")
+    assert json.loads(known.read_text()) == first and 0 <= first["accuracy"] <= 1
+    known.write_text(json.dumps({"nll": 0.5}))
+    assert measured("second", bits=4.0, allocation="uniform") == {"nll": 0.5}, "the model is the same, whatever becomes of it"
+    assert measured("third", batch=4)["nll"] == pytest.approx(first["nll"]) and measured("fourth", shared=None) == first
+    options = [known_of(Checkpoint.open(model), config(model, **base | more), "nsds", **facts_options(config(model, **base | more)))
+               for more in ({}, {"energy": 0.9}, {"high": 8})]  # fmt: skip
+    assert options[0] == options[2] != options[1]
 
 
 def test_stages_that_quantise_share_a_table_with_what_evaluates_them(model: Path, tmp_path: Path) -> None:

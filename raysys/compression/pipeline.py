@@ -110,7 +110,8 @@ class Pipeline:
         """Quantises layer i and advances both streams.
 
         Returns:
-            `layer`, `bits`, `weight_error` of the layer and by linear, `output_error` by linear (on the calibration tokens), `correction`
+            `layer`, `bits`, `weight_error` of the layer and by linear, `output_error` by linear (on the calibration tokens; of a large one
+            by some of its outputs), `correction`
             (root mean square of DAC's bias), and `error_before` and `error_after`: the distance of the quantised prefix from full
             precision in front of the layer and behind it. Errors are squared and relative.
 

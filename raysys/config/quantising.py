@@ -100,6 +100,8 @@ class QuantizeConfig(Run):
     """Of the forward passes. auto: float32 on CPU, bfloat16 on GPU."""
     scoring_tasks: PositiveInt | None = placed(None)
     """Layers whose weights are looked at simultaneously. Null: as many as there are CPUs free."""
+    shared: str | None = placed(None)
+    """Folder in which runs keep for each other what is known of a model in full precision: of its layers' weights, and its perplexity."""
     keep_dequantised: bool = False
     """Also write `dequantised/`, a plain Hugging Face folder of what the codes stand for."""
 

@@ -87,7 +87,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study with every run resolved. `folder` holds theirs."""
+    """A study with every run resolved. `folder` holds theirs; of `chosen` cells runs are started, the table has all."""
 
     job: str
     name: str
@@ -95,11 +95,17 @@ class Plan:
     config: Run
     folder: Path
     runs: list[Planned] = field(default_factory=list)
+    chosen: Sequence[str] = ()
 
     @property
     def left(self) -> list[Planned]:
         """The runs to start, in order."""
-        return [one for one in self.runs if not one.settled]
+        return [one for one in self.runs if one.cell in self.chosen and not one.settled]
+
+    @property
+    def settled(self) -> int:
+        """Runs that are."""
+        return sum(one.settled for one in self.runs)
 
     @property
     def seeds(self) -> list[int]:
@@ -107,7 +113,15 @@ class Plan:
 
 
 def plan(
-    job: str, name: str, studies: Mapping[str, Study], kind: type[Run], path: Path, overrides: Sequence[str], seeds: str, runs: Path
+    job: str,
+    name: str,
+    studies: Mapping[str, Study],
+    kind: type[Run],
+    path: Path,
+    overrides: Sequence[str],
+    seeds: str,
+    runs: Path,
+    cells: str | None = None,
 ) -> Plan:
     """Resolves and validates all runs, one seed's after another's so that a part of a study compares all cells; touches no file.
 
@@ -116,10 +130,11 @@ def plan(
         kind, path, overrides: the config that the cells change. Its `name` or `run_dir` is the study's.
         seeds: whole numbers with commas between.
         runs: the folder that holds all runs, absolute.
+        cells: names with commas between, of those to start; None: all.
 
     Raises:
-        ConfigError: no such study; bad seeds; a key that the study varies itself; a cell's config, with the cell's name; a folder that
-            holds a run with another identity.
+        ConfigError: no such study, or cell; bad seeds; a key that the study varies itself; a cell's config, with the cell's name; a
+            folder that holds a run with another identity.
     """
     study = studies.get(name)
     if study is None:
@@ -134,7 +149,14 @@ def plan(
     base = kind.parse(values, source=str(path))
     folder = Path(base.run_dir).absolute() if base.run_dir else runs / (base.name or f"{job}-{name}")
     planned = [_planned(cell, seed, study, kind, path, overrides, folder) for seed in read_seeds(seeds) for cell in study.cells]
-    return Plan(job, name, study, base, folder, planned)
+    return Plan(job, name, study, base, folder, planned, _chosen(study, cells))
+
+
+def _chosen(study: Study, cells: str | None) -> list[str]:
+    wanted = list(study.cells) if cells is None else [part.strip() for part in cells.split(",")]
+    if unknown := [name for name in wanted if name not in study.cells]:
+        raise ConfigError(f"--cells={cells}: there is no cell '{unknown[0]}'", f"there are {', '.join(study.cells)}")
+    return wanted
 
 
 def _planned(cell: str, seed: int, study: Study, kind: type[Run], path: Path, overrides: Iterable[str], folder: Path) -> Planned:

@@ -1,4 +1,4 @@
-"""The part of a job's command line that runs a study: `--study NAME [--seeds 0,1,2] [--concurrent N]`."""
+"""The part of a job's command line that runs a study: `--study NAME [--seeds 0,1,2] [--cells a,b] [--concurrent N]`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     """The options that jobs with studies have."""
     parser.add_argument("--study", metavar="NAME", help="run a study instead: cells times seeds, each a run of its own")
     parser.add_argument("--seeds", help=f"of a study, default {SEEDS}")
+    parser.add_argument("--cells", help="of a study, those whose runs are started, default all")
     parser.add_argument("--concurrent", type=int, help="runs of a study at once, default 1")
 
 
@@ -37,7 +38,7 @@ def run(job: str, kind: type[Kind], options: argparse.Namespace, studies: Mappin
         raise ConfigError(f"--concurrent={options.concurrent} must be at least 1")
     path = Path(options.config or jobs.default_config(job))
     seeds = SEEDS if options.seeds is None else options.seeds
-    plan = ablation.plan(job, options.study, studies, kind, path, options.overrides, seeds, submit.runs_folder())
+    plan = ablation.plan(job, options.study, studies, kind, path, options.overrides, seeds, submit.runs_folder(), options.cells)
     if options.check:
         jobs.find_ray()
         _check(plan)

@@ -42,7 +42,7 @@ def execute(plan: Plan, script: Path, concurrent: int) -> int:
         write_json(plan.folder / "about.json", facts)
         write_atomically(plan.folder / "config.yaml", plan.config.to_yaml())
         left = plan.left
-        log.info("study %s in %s: %d runs, %d settled", plan.name, plan.folder, len(plan.runs), len(plan.runs) - len(left))
+        log.info("study %s in %s: %d runs, %d settled", plan.name, plan.folder, len(plan.runs), plan.settled)
         if left:
             _tuner(plan, left, Launch.here(script), concurrent).fit()
         summary = publish(plan)
@@ -111,8 +111,8 @@ class Told(tune.Callback):
 
     def _ended(self, one: Planned) -> None:
         status, reason = one.state()
-        settled = len(self._plan.runs) - len(self._plan.left)
-        log.info("%s: %s%s (%d of %d)", one.name, status, f", {reason}" if reason else "", settled, len(self._plan.runs))
+        told = f", {reason}" if reason else ""
+        log.info("%s: %s%s (%d of %d)", one.name, status, told, self._plan.settled, len(self._plan.runs))
         print(table(publish(self._plan)), flush=True)
 
 

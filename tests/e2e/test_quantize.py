@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -70,11 +71,10 @@ def test_killed_and_resumed_it_is_the_same_file(place: Workplace, config: dict[s
     await_layers(place, run, "killed", 2)
     run.kill()
     run.wait()
-    done = len(list((place.folder / "killed" / "ledger" / "layers").glob("*.json")))
-    assert 2 <= done < 12, "it was killed in the middle"
     run = place.start("quantize", "killed", config)
     assert run.wait(timeout=300) == 0, (place.folder / "killed.log").read_text()[-3000:]
-    assert f"resumed: {done} of 12 layers are finished" in (place.folder / "killed.log").read_text()
+    done = re.search(r"resumed: (\d+) of 12 layers are finished", (place.folder / "killed.log").read_text())
+    assert done is not None and 2 <= int(done[1]) < 12, "it was killed in the middle; the actor may finish a layer after its driver's end"
     files = {path.name: path.read_bytes() for path in (calm / "export").iterdir() if path.is_file()}
     assert files == {path.name: path.read_bytes() for path in (place.folder / "killed" / "export").iterdir() if path.is_file()}
     lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in place.metrics(name)] for name in ("calm", "killed")]

@@ -92,7 +92,7 @@ def alone(model: Any, ids: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(found)
 
 
-SINGLE_ONLY = {"qwen3-moe", "recurrent", "linear attention"}
+SINGLE_ONLY = {"qwen3-moe", "recurrent", "linear attention", "no positions"}
 """Models that compute a part in float32 whatever their dtype."""
 
 

@@ -66,6 +66,17 @@ def test_cells_are_what_they_say(config: Path) -> None:
     assert len({json.dumps(one.identity(), default=str) for one in found.values()}) == 12
 
 
+def test_some_cells_are_started_and_the_table_has_all(config: Path) -> None:
+    plan = ablation.plan("search_agent", "ablation", STUDIES, SearchAgentConfig, config, [], "0", config.parent, "grpo, calibadv")
+    assert [one.cell for one in plan.left] == ["grpo", "calibadv"] and len(plan.runs) == 6
+    leave(plan.runs[0], 4)
+    leave(plan.runs[2], 4)
+    assert [one.cell for one in plan.left] == ["calibadv"] and plan.settled == 2
+    assert [one["settled"] for one in summarize(plan)["cells"]] == [1, 0, 1, 0, 0, 0]
+    with pytest.raises(ConfigError, match=r"no cell 'gropo' \(there are grpo, calibadv"):
+        ablation.plan("search_agent", "ablation", STUDIES, SearchAgentConfig, config, [], "0", config.parent, "gropo")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -171,7 +182,7 @@ def test_the_command_line_names_what_is_wrong(config: Path, capsys: pytest.Captu
         (["--study", "x"], "error: there is no study 'x' (studies of search_agent: ablation)"),
         (["--study", "ablation", "--seeds", "a"], "error: --seeds=a is no list of different whole numbers (write e.g. --seeds 0,1,2)"),
         (["--study", "ablation", "--concurrent", "0"], "error: --concurrent=0 must be at least 1"),
-        (["--seeds", "0"], "error: --seeds and --concurrent are of --study (studies of search_agent: ablation)"),
+        (["--seeds", "0"], "error: --seeds, --cells and --concurrent are of --study (studies of search_agent: ablation)"),
     ):
         assert job.main("search_agent", SearchAgentConfig, ["--config", str(config), *arguments], studies=STUDIES) == 2
         assert capsys.readouterr().err.strip() == message
