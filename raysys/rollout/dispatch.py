@@ -35,7 +35,8 @@ class Ticket:
 @dataclass
 class Load:
     """What a worker can take and what it has. `seats` decode at once; `ahead` more wait there so that no seat stays empty, and as many
-    again as are usually `away` with their tools: they have no seat and nothing in the KV cache."""
+    again as are usually `away` with their tools: they have no seat. Where samples go away, as many as the KV cache has room for may begin:
+    what they said so far stays cached there, and none begins late, to end long after all others."""
 
     seats: int
     tokens: int
@@ -55,6 +56,8 @@ class Load:
         """An empty worker takes anything: what does not fit then never will, and the engine says so."""
         if not self.held or self.alone:
             return not self.held
+        if self.away and self.load + cost <= self.tokens:
+            return True
         more = self.ahead + self.away
         return len(self.held) < self.seats + more and self.load + cost <= self.tokens * (1 + more / self.seats)
 

@@ -3,7 +3,8 @@
 `episodes` is the product's path: driver, pool, the worker's `play`, seats that are given up while a tool is at work. `barrier` is the
 usual lock-step loop at its best: it lives beside the engines, costs no driver and hands the next trajectory to whichever seat of whichever
 engine is free; then all tools are called at once, and the next turn begins when the slowest has answered. Engines are fake, one model of
-their time for both (`tests/bench/decoder.py`); both must end with the same tokens, which is checked.
+their time for both (`tests/bench/decoder.py`), with room for the longest trajectory in each seat's part of the KV cache; both must end
+with the same tokens, which is checked.
 
 `waves` is trajectories to seats: 1 is what training loops are set to, where an engine has a seat for each of its share of the batch.
 """
@@ -40,7 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "workers": 2,
     "seats": 32,
     "waves": [1, 4],
-    "repeats": 3,
+    "repeats": 5,
     "turns": 5,
     "turn_tokens": 1024,
     "prompt_tokens": 100,
@@ -109,13 +110,13 @@ class Engine(RolloutWorker):
     """The product's worker with a model of time in place of vLLM. A generation's length is of `workload.txt`, by its seed; its tokens
     depend on all that came before."""
 
-    def __init__(self, spec: RolloutSpec, pace: Pace):
+    def __init__(self, spec: RolloutSpec, pace: Pace, kv_tokens: int):
         super().__init__(spec)
-        self.decoder, self._drawn = Decoder(pace), lengths()
+        self.decoder, self._drawn, self._kv_tokens = Decoder(pace), lengths(), kv_tokens
 
     async def start(self) -> dict[str, Any]:
         self._codec = Numbers()
-        return {"vllm": "model", "revision": "0", "pid": 0, "vocabulary": VOCABULARY}
+        return {"vllm": "model", "revision": "0", "pid": 0, "vocabulary": VOCABULARY, "kv_tokens": self._kv_tokens}
 
     async def respond(self, ids: np.ndarray, sampling: Sampling, seed: int, stops: Sequence[str] = ()) -> Response:
         tokens = min(sampling.max_tokens, int(self._drawn[seed % len(self._drawn)]))
@@ -169,12 +170,13 @@ def run(workers: int, seats: int, waves: list[int], repeats: int, **model: Any) 
     pace = Pace(model["step_ms"] / 1e3, model["sequence_us"] / 1e6, model["prefill_us"] / 1e6)
     fastest, slowest = (ms / 1e3 for ms in model["tool_ms"])
     episodes = EpisodeSpec(Tools(model["turns"], model["observation_tokens"], fastest, slowest), model["turns"], model["turn_tokens"])
+    longest = model["prompt_tokens"] + model["turns"] * (model["turn_tokens"] + model["observation_tokens"])
     with tempfile.TemporaryDirectory() as folder, private_ray():
         from tests.bench.fleet import fleet  # imports Ray, which must not be before its token is there
 
         (Path(folder) / "config.json").write_text(json.dumps({"eos_token_id": 1}))
         spec = RolloutSpec(folder, "cpu", "float32", 10**6, Rollout(max_sequences=seats), episodes=episodes)
-        with fleet(workers, seats, functools.partial(Engine, spec, pace), episodes) as (pool, host):
+        with fleet(workers, seats, functools.partial(Engine, spec, pace, seats * longest), episodes) as (pool, host):
             _both(pool, host, _prompts("warm", workers, model["prompt_tokens"]), episodes, workers * seats)
             found: dict[str, Any] = {}
             for wave in waves:

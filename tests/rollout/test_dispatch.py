@@ -42,7 +42,8 @@ class Books(RuleBasedStateMachine):
         given = self.books.assign(self.now)
         for name, numbers in given.items():
             load = self.books.workers[name]
-            assert len(load.held) <= load.seats + load.ahead + load.away
+            cached = load.away > 0 and load.load <= load.tokens
+            assert cached or len(load.held) <= load.seats + load.ahead + load.away
             assert len(load.held) == 1 or load.load <= load.tokens * 2
             last = [number for number in load.held if self.failures[number] == RETRIES]
             assert not last or len(load.held) == 1, "a ticket on its last try has the worker to itself"
@@ -172,3 +173,13 @@ def test_whoever_is_away_with_a_tool_leaves_its_seat_to_one_more() -> None:
     assert len(books.assign(0.0)["only"]) == 4 + 1 + 5, "seats, one to wait, and those who are away, whom the KV cache does not hold"
     books.pace("only", per_second=2.0)
     assert not books.assign(0.0) and books.crowded
+
+
+def test_where_samples_go_away_as_many_begin_as_the_cache_has_room_for() -> None:
+    books = Dispatcher(RETRIES)
+    books.join("only", 4, 150)
+    for _ in range(20):
+        books.add(10, 0)
+    assert len(books.assign(0.0)["only"]) == 8, "until it is known that they do"
+    books.pace("only", per_second=2.0, away=0.5)
+    assert len(books.assign(0.0)["only"]) == 7 and books.workers["only"].share == 1.0 and books.crowded
