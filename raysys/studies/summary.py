@@ -57,14 +57,16 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return {title: statistics.fmean(values) if values else None for title, values in found.items()}
 
 
-def table(summary: Mapping[str, Any]) -> str:
-    """A row with the mean of each cell, its seeds below."""
+def table(summary: Mapping[str, Any], seeds: bool = True) -> str:
+    """A row with the mean of each cell, its seeds below; without `seeds` the means that there are so far."""
     lines = [["", *(column["title"] for column in summary["columns"]), "steps", ""]]
     for cell in summary["cells"]:
-        mean, seeds = cell["mean"], len(cell["runs"])
-        state = f"{cell['settled']} of {seeds} seeds" + (f", {cell['collapsed']} collapsed" if cell["collapsed"] else "")
+        if not seeds and not cell["settled"]:
+            continue
+        mean = cell["mean"]
+        state = f"{cell['settled']} of {len(cell['runs'])} seeds" + (f", {cell['collapsed']} collapsed" if cell["collapsed"] else "")
         lines.append([cell["cell"], *_shown(summary, mean), f"{mean['steps']:.0f}" if mean["steps"] is not None else "-", state])
-        for run in cell["runs"]:
+        for run in cell["runs"] if seeds else ():
             state = run["status"] + (f": {run['reason']}" if run["reason"] else "")
             lines.append([f"  seed {run['seed']}", *_shown(summary, run["values"]), _steps(run), state])
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]) - 1)]

@@ -113,7 +113,7 @@ class Told(tune.Callback):
         status, reason = one.state()
         told = f", {reason}" if reason else ""
         log.info("%s: %s%s (%d of %d)", one.name, status, told, self._plan.settled, len(self._plan.runs))
-        print(table(publish(self._plan)), flush=True)
+        print(table(publish(self._plan), seeds=False), flush=True)
 
 
 @contextmanager

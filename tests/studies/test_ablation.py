@@ -73,6 +73,7 @@ def test_some_cells_are_started_and_the_table_has_all(config: Path) -> None:
     leave(plan.runs[2], 4)
     assert [one.cell for one in plan.left] == ["calibadv"] and plan.settled == 2
     assert [one["settled"] for one in summarize(plan)["cells"]] == [1, 0, 1, 0, 0, 0]
+    assert [line.split()[:1] for line in table(summarize(plan), seeds=False).splitlines()[1:]] == [["grpo"], ["no-opener"]]
     with pytest.raises(ConfigError, match=r"no cell 'gropo' \(there are grpo, calibadv"):
         ablation.plan("search_agent", "ablation", STUDIES, SearchAgentConfig, config, [], "0", config.parent, "gropo")
 
