@@ -55,6 +55,43 @@ def summary(layer_map: Mapping[str, Any] | None, evaluations: Sequence[Mapping[s
     return "; ".join(told) + "."
 
 
+def maps(bits: Mapping[str, Sequence[int]]) -> str:
+    """Bits by layer of several models, those with the same ones in one row; "" where there are fewer than two rows."""
+    import plotly.graph_objects as go
+
+    rows: dict[tuple[int, ...], list[str]] = {}
+    for name, layers in bits.items():
+        rows.setdefault(tuple(layers), []).append(name)
+    mixed = {layers: names for layers, names in rows.items() if len(set(layers)) > 1}
+    if len(mixed) < 2:
+        return ""
+    widths = sorted({width for layers in mixed for width in layers})
+    figure = go.Figure(
+        go.Heatmap(
+            z=[[widths.index(width) for width in layers] for layers in mixed],
+            y=[", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "") for names in mixed.values()],
+            text=[[str(width) for width in layers] for layers in mixed],
+            texttemplate="%{text}",
+            colorscale=_steps(widths),
+            zmin=-0.5,
+            zmax=len(widths) - 0.5,
+            showscale=False,
+            xgap=2,
+            ygap=2,
+            hovertemplate="%{y}, layer %{x}: %{text} bits<extra></extra>",
+        )
+    )
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_xaxes(title_text="layer")
+    return charts.html(figure, height=90 + 28 * len(mixed))
+
+
+def _steps(widths: Sequence[int]) -> list[list[Any]]:
+    """A colour scale with one step a width."""
+    ends = [(number / len(widths), (number + 1) / len(widths)) for number in range(len(widths))]
+    return [[place, _STRIP[width]] for width, both in zip(widths, ends, strict=True) for place in both]
+
+
 def _strip(layer_map: Mapping[str, Any]) -> str:
     """The map: one row of bits, and under it a row for each component where there are any."""
     import plotly.graph_objects as go
@@ -67,13 +104,12 @@ def _strip(layer_map: Mapping[str, Any]) -> str:
     rows = 2 if series else 1
     figure = make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=0.04, row_heights=[1, max(1, len(series))][:rows])
     widths = sorted(set(bits))
-    steps = [(place, _STRIP[width]) for number, width in enumerate(widths) for place in (number / len(widths), (number + 1) / len(widths))]
     figure.add_trace(
         go.Heatmap(
             z=[[widths.index(width) for width in bits]],
             x=layers,
             y=["bits"],
-            colorscale=[list(step) for step in steps],
+            colorscale=_steps(widths),
             zmin=-0.5,
             zmax=len(widths) - 0.5,
             text=[[str(width) for width in bits]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from raysys.files import read_json_lines, write_atomically
-from raysys.report import charts
+from raysys.report import charts, quantising
 
 
 def render_study(folder: Path) -> Path:
@@ -30,11 +31,16 @@ def render_study(folder: Path) -> Path:
         cells=[_cell(cell, study["columns"], folder) for cell in study["cells"]],
         curves=[(title, Markup(html)) for title, html in charts.overlay({name: steps for name, steps in curves.items() if steps})],
         pareto=Markup(pareto(study)),
+        asked=any(run["steps_asked"] for cell in study["cells"] for run in cell["runs"]),
+        maps=Markup(quantising.maps(_maps(study, folder))),
         css=Markup((Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")),
         plotly=Markup(charts.script()),
     )
     write_atomically(folder / "report.html", text)
     return folder / "report.html"
+
+
+SETTLED = ("done", "collapsed")
 
 
 def mean_of_seeds(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -64,10 +70,31 @@ def _cell(cell: Mapping[str, Any], columns: Sequence[Mapping[str, Any]], folder:
     steps = cell["mean"].get("steps")
     return dict(cell) | {
         "shown": _shown(cell["mean"], columns),
+        "spread": _spread(cell, columns),
         "runs": rows,
         "steps": "–" if steps is None else f"{steps:.0f}",
         "set": ", ".join(f"{key}={json.dumps(value)}" for key, value in cell["set"].items()),
     }
+
+
+def _spread(cell: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Smallest and largest of a cell's seeds, by column; "" where they are shown alike, or there is one."""
+    found = []
+    for column in columns:
+        values = [value for run in cell["runs"] if (value := run["values"].get(column["title"])) is not None and run["status"] in SETTLED]
+        low, high = (_shown({column["title"]: end(values, default=None)}, [column])[0] for end in (min, max))
+        found.append("" if low == high else f"{low} – {high}")
+    return found
+
+
+def _maps(study: Mapping[str, Any], folder: Path) -> dict[str, list[int]]:
+    """Bits by layer of each cell's first seed that has them."""
+    found = {}
+    for cell in study["cells"]:
+        paths = [path for run in cell["runs"] if (path := folder / run["name"] / "layer_map.json").is_file()]
+        if paths:
+            found[cell["cell"]] = json.loads(paths[0].read_text(encoding="utf-8"))["bits"]
+    return found
 
 
 def _has_report(folder: Path, run: Mapping[str, Any]) -> bool:
@@ -80,7 +107,10 @@ def _shown(values: Mapping[str, float | None], columns: Sequence[Mapping[str, An
 
 
 def pareto(study: Mapping[str, Any]) -> str:
-    """Cells by the means of two columns, those that no other cell beats in both joined by a line; "" without two such cells."""
+    """Cells by the means of two columns, those that no other cell beats in both joined by a line; "" without two such cells.
+
+    Cells whose names begin alike, up to the first hyphen, have one colour.
+    """
     import plotly.graph_objects as go
 
     if not study.get("pareto"):
@@ -91,14 +121,18 @@ def pareto(study: Mapping[str, Any]) -> str:
     if len(points) < 2:
         return ""
     figure = go.Figure()
-    x, y, names = ([point[place] for point in points] for place in range(3))
-    figure.add_scatter(x=x, y=y, text=names, mode="markers", marker={"size": 8, "color": charts.COLORS[0]}, name="cells")
-    best = [(one, value) for number, (one, value) in enumerate(zip(x, y)) if value < min(y[:number], default=float("inf"))]
-    line = {"color": charts.COLORS[1], "shape": "hv"}
-    figure.add_scatter(x=[one for one, _ in best], y=[value for _, value in best], mode="lines", line=line, name="best so far")
+    y = [point[1] for point in points]
+    best = [point for number, point in enumerate(points) if point[1] < min(y[:number], default=float("inf"))]
+    line = {"color": "rgba(128,134,145,.6)", "shape": "hv", "dash": "dot"}
+    figure.add_scatter(x=[point[0] for point in best], y=[point[1] for point in best], mode="lines", line=line, name="nothing is better")
+    kinds = dict.fromkeys(name.partition("-")[0] for *_, name in points)
+    for kind, color in zip(kinds, itertools.cycle(charts.COLORS)):
+        x, y, names = zip(*[point for point in points if point[2].partition("-")[0] == kind], strict=True)
+        figure.add_scatter(x=x, y=y, text=names, mode="markers", marker={"size": 9, "color": color}, name=kind)
     figure.update_xaxes(title_text=titles[0])
     figure.update_yaxes(title_text=titles[1])
-    return charts.html(figure, height=380)
+    figure.update_traces(hovertemplate="%{text}: %{y:.4g}<extra></extra>", selector={"mode": "markers"})
+    return charts.html(figure, height=420)
 
 
 def _steps(folder: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from raysys.config.quantising import QuantizeConfig
+from raysys.report.quantising import maps
 from raysys.report.study import pareto
 from raysys.studies import ablation
 from raysys.studies.quantize import ALLOCATIONS, METHODS, STUDIES
@@ -62,10 +63,28 @@ def test_the_table_and_the_file_have_each_models_own_measures(plan: ablation.Pla
     assert "8.0000" in table(summary) and "2/0" not in table(summary)
 
 
+def test_the_page_has_means_spreads_runs_and_the_map(plan: ablation.Plan) -> None:
+    several = [one for one in plan.runs if one.cell in ("gptq-3-nsds", "rtn-3-random")]
+    for number, one in enumerate(several):
+        leave(one, 3.25, {"full precision": 5.0, "quantised": 6.0 + number})
+        (one.folder / "layer_map.json").write_text(json.dumps({"bits": [2, 4, 4] if one.cell == "gptq-3-nsds" else [4, 4, 2]}))
+    publish(plan)
+    page = (plan.folder / "report.html").read_text()
+    assert "7.0000 – 9.0000" in page and "6.0000 – 8.0000" in page, "the cells' smallest and largest"
+    assert "gptq-3-nsds, seed 1" in page and "Bits by layer" in page and "4 done" in page and '<th class="number">steps' not in page
+    shown = maps({"a": [2, 4], "b": [2, 4], "c": [4, 2], "uniform": [3, 3]})
+    assert "a, b" in shown and "uniform" not in shown and not maps({"a": [2, 4], "b": [2, 4]})
+
+
 def test_the_picture_joins_what_nothing_beats_in_both() -> None:
-    means = {"a": (2.0, 9.0), "b": (3.0, 6.0), "c": (3.5, 7.0), "d": (4.0, 5.0), "none yet": (None, None)}
+    means = {"gptq-2": (2.0, 9.0), "gptq-3": (3.0, 6.0), "rtn-3": (3.5, 7.0), "d2quant-4": (4.0, 5.0), "none yet": (None, None)}
     cells = [{"cell": name, "mean": {"x": x, "y": y}} for name, (x, y) in means.items()]
     drawn = pareto({"pareto": ["x", "y"], "cells": cells})
     data = json.JSONDecoder().raw_decode(drawn[drawn.index("[{") :])[0]
-    assert data[0]["text"] == ["a", "b", "c", "d"] and data[1]["x"] == [2.0, 3.0, 4.0] and data[1]["y"] == [9.0, 6.0, 5.0]
+    assert data[0]["x"] == [2.0, 3.0, 4.0] and data[0]["y"] == [9.0, 6.0, 5.0]
+    assert [(one["name"], one["text"]) for one in data[1:]] == [
+        ("gptq", ["gptq-2", "gptq-3"]),
+        ("rtn", ["rtn-3"]),
+        ("d2quant", ["d2quant-4"]),
+    ]
     assert not pareto({"pareto": ["x", "y"], "cells": cells[:1]}) and not pareto({"cells": cells})
