@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -38,6 +39,8 @@ log = logging.getLogger("raysys")
 
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's record of a run's checkpoints."""
+RESIZE_SECONDS = 20.0
+"""That ranks whose number may change wait for places that were there a moment ago."""
 
 
 def run_pretrain_moe(config: PretrainMoeConfig, session: Session) -> None:
@@ -100,6 +103,9 @@ def _fit(task: Work, config: PretrainMoeConfig, hardware: Hardware) -> None:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     gpu, ranks = hardware.device == "gpu", (config.trainer.fewest, config.trainer.most)
+    elastic = ranks[0] < ranks[1]
+    # An elastic group that finds no room was sized for a node that is gone, and is sized anew; a fixed one waits for the autoscaler.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(RESIZE_SECONDS if elastic else config.deadlines.placement)
     environment = compute_environment(config.trainer.threads) | {
         "DS_ACCELERATOR": "cuda" if gpu else "cpu",
         "LOCAL_SIZE": "1",
@@ -110,7 +116,7 @@ def _fit(task: Work, config: PretrainMoeConfig, hardware: Hardware) -> None:
         train_loop_config={"work": task},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=int(config.deadlines.train)),  # of a rank for the others
         scaling_config=ScalingConfig(
-            num_workers=ranks[0] if ranks[0] == ranks[1] else ranks,
+            num_workers=ranks if elastic else ranks[0],
             use_gpu=gpu,
             resources_per_worker={"CPU": 1} | ({"GPU": 1} if gpu else {}),
             elastic_resize_monitor_interval_s=5.0,
@@ -118,7 +124,9 @@ def _fit(task: Work, config: PretrainMoeConfig, hardware: Hardware) -> None:
         run_config=RunConfig(
             name="checkpoints",
             storage_path=str(task.folder),
-            failure_config=FailureConfig(max_failures=config.trainer.restarts, controller_failure_limit=0),
+            failure_config=FailureConfig(
+                max_failures=config.trainer.restarts, controller_failure_limit=config.trainer.restarts if elastic else 0
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             worker_runtime_env={"env_vars": environment},
         ),
@@ -160,7 +168,8 @@ def _cause(error: Any) -> RaysysError:
             return found
     for rank, failure in sorted(failures.items()):
         return first_cause(failure, f"trainer rank {rank}", "train")
-    return InfrastructureError(f"Ray Train gave up: {str(error).strip().splitlines()[-1][:300]}", "see trainer.restarts and trainer.ranks")
+    told = str(error).strip().splitlines()[-1][:300]
+    return InfrastructureError(f"Ray Train gave up: {told}", "see trainer.restarts, trainer.ranks and deadlines.placement")
 
 
 # -- in the driver

@@ -115,6 +115,7 @@ def _train(pretrainer: Pretrainer, work: Work, stack: ExitStack) -> None:
 def _record(step: int, metrics: dict[str, Any], seconds: dict[str, float], stream: TokenStream, pretrainer: Pretrainer) -> dict[str, Any]:
     record = {"step": step, "version": step + 1} | metrics | {f"epoch/{label}": epoch for label, epoch in stream.epochs.items()}
     record["tokens_per_second"] = rate = metrics["tokens"] / seconds["total"]
+    record["ranks"] = pretrainer.world
     if peak := pretrainer.spec.config.trainer.peak_tflops:
         record["mfu"] = rate * 6 * pretrainer.activated / (peak * 1e12 * pretrainer.world)
     return record | {"seconds": seconds}

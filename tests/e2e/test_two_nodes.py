@@ -127,13 +127,18 @@ def paused(head: heads.Head) -> Iterator[None]:
 
 
 @pytest.fixture
-def small_head(monkeypatch: pytest.MonkeyPatch) -> Iterator[heads.Head]:
-    """A head with room for scorer, trainer and one engine."""
+def cpus() -> int:
+    """Of the small head: room for scorer, trainer and one engine."""
+    return 3
+
+
+@pytest.fixture
+def small_head(monkeypatch: pytest.MonkeyPatch, cpus: int) -> Iterator[heads.Head]:
     monkeypatch.setenv("RAY_health_check_period_ms", "1000")  # a killed node is found out after 5 s, not 15
     with tempfile.TemporaryDirectory(prefix="raysys-two-") as folder:
         try:
             with heads.locked(Path(folder)):
-                head = heads.start(Path(folder), cpus=3)
+                head = heads.start(Path(folder), cpus=cpus)
             yield head
         finally:
             heads.remove_traces(Path(folder))
