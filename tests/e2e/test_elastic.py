@@ -68,6 +68,7 @@ def test_ranks_follow_the_cluster(place: Workplace, elsewhere: Workplace, tmp_pa
             while 2 not in ranks():
                 assert run.poll() is None and time.monotonic() < began + 240, f"no second rank in time\n{log.read_text()[-3000:]}"
                 crawl(elsewhere)
+            until(lambda: ranks().count(2) > 12, "a resume point of two ranks", log)
             node.kill()
         until(lambda: ranks()[-1] == 1, "one rank again", log)
         assert run.wait(timeout=200) == 0, log.read_text()[-3000:]
