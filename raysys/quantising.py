@@ -38,7 +38,12 @@ MAP = "layer_map.json"
 
 
 def check_quantize(config: QuantizeConfig) -> None:
-    """The checkpoint's headers, its shapes against the groups, and the windows. Raises ConfigError or DataError."""
+    """The checkpoint's headers, its shapes against the groups, the windows, and the shared folder. Raises ConfigError or DataError."""
+    if config.shared is not None:
+        try:
+            Path(config.shared).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"shared={config.shared} cannot be made: {error.strerror}", "name a folder that runs may write to") from None
     checkpoint = _opened(config)
     _check_groups(config, checkpoint)
     for key, part in _windows(config):

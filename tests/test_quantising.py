@@ -52,6 +52,7 @@ def test_what_fits_passes(model: Path, caplog: pytest.LogCaptureFixture) -> None
         ({"calibration": {"path": "/nowhere.txt", "length": 24}}, "calibration.path=/nowhere.txt does not exist"),
         ({"evaluation": {"source": {"domains": {"add": ADD}}, "length": 65}}, "evaluation.length=65 exceeds the 64 tokens"),
         ({"model": "/nowhere"}, "model folder /nowhere does not exist"),
+        ({"shared": "/proc/shared"}, "shared=/proc/shared cannot be made"),
     ],
 )
 def test_wrong_input_is_one_line(model: Path, changed: dict[str, Any], told: str) -> None:
