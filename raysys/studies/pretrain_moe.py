@@ -24,13 +24,13 @@ ROUTER = Study(
         **{f"scale-{scale}": MPI | {"router.scale": scale} for scale in (1, 2, 4, 8)},
     },
     columns=(
-        Column("held-out loss", lambda seen: seen.mean("validation_loss", 1), share=False),
-        Column("loss at the end", lambda seen: seen.mean("loss", END), share=False),
+        Column("held-out loss", lambda seen: seen.mean("validation_loss", 1), share=False, digits=3),
+        Column("loss at the end", lambda seen: seen.mean("loss", END), share=False, digits=3),
         Column("lambda", lambda seen: seen.mean("alignment", 1), share=False),
         Column("MaxVio", lambda seen: seen.mean("max_violation", END), share=False),
         Column("MaxVio global", lambda seen: seen.mean("max_violation_global", 1), share=False),
         Column("row cosine", lambda seen: seen.mean("row_cosine", 1), share=False),
-        Column("tokens/s", lambda seen: seen.mean("tokens_per_second"), share=False),
+        Column("tokens/s", lambda seen: seen.mean("tokens_per_second"), share=False, digits=0),
     ),
     told=("loss", "max_violation"),
 )

@@ -55,9 +55,9 @@ def test_the_table_and_the_file_have_each_models_own_measures(plan: ablation.Pla
     leave(first, 2.25, {"full precision": 5.0, "quantised": 9.0, "quantised, with its correction": 8.0})
     summary = publish(plan)
     (run,) = (run for run in summary["cells"][0]["runs"] if run["seed"] == 0)
-    assert run["status"] == "done" and run["values"]["full precision"] == 5.0 and run["values"]["perplexity"] == 8.0
-    assert (run["values"]["accuracy"], run["values"]["full precision's accuracy"]) == (1 / 8, 1 / 5)
-    assert run["values"]["error of the states"] == 0.25 and run["values"]["bits per weight"] == 2.25
+    assert run["status"] == "done" and run["values"]["perplexity in full"] == 5.0 and run["values"]["perplexity"] == 8.0
+    assert (run["values"]["accuracy"], run["values"]["accuracy in full"]) == (1 / 8, 1 / 5)
+    assert run["values"]["error of states"] == 0.25 and run["values"]["bits per weight"] == 2.25
     rows = pq.read_table(plan.folder / "study.parquet").to_pylist()
     assert len(rows) == len(plan.runs) and rows[0]["cell"] == first.cell and rows[0]["perplexity"] == 8.0 and rows[1]["perplexity"] is None
     assert "8.0000" in table(summary) and "2/0" not in table(summary)
