@@ -36,7 +36,7 @@ def test_merging_puts_rows_back():
     assert columns["reward"].to_pylist() == [0.25, 0.5, 0.75, 1.0]
 
 
-def group(teachers, reference=None, reward_scale=1.0, ranks=1, tokenizer="student", offload=False) -> ScorerGroup:
+def group(teachers, reference=None, reward_scale=1.0, ranks=1, tokenizer="student", offload=False, dtype="float64") -> ScorerGroup:
     return ScorerGroup(
         Scoring(ranks=ranks, micro_batch_tokens=64, offload=offload),
         teachers=teachers,
@@ -45,7 +45,7 @@ def group(teachers, reference=None, reward_scale=1.0, ranks=1, tokenizer="studen
         tokenizer_folder=tokenizer,
         temperature=1.0,
         device="cpu",
-        dtype="float64",
+        dtype=dtype,
         deadlines=Deadlines(placement=60, start=120, score=60),
     )
 
@@ -115,14 +115,15 @@ def test_two_ranks_answer_as_one_worker_does(ray_head, tmp_path):
             for name in ("teacher_logprobs", "reference_logprobs"):
                 np.testing.assert_array_equal(got.ragged(name).offsets, want.ragged(name).offsets)
                 np.testing.assert_allclose(got.ragged(name).values, want.ragged(name).values, rtol=0, atol=1e-6)
+        # Float32: DeepSpeed takes no float64 on processors that have float16.
         with group(
-            {"math": folders["math"], "code": folders["code"]}, folders["base"], 1.25, 1, folders["base"], offload=True
+            {"math": folders["math"], "code": folders["code"]}, folders["base"], 1.25, 1, folders["base"], offload=True, dtype="float32"
         ) as offloaded:
             (facts,) = offloaded.start()
             assert set(facts["parameters"].values()) == {sum(p.numel() for p in alone._models[folders["base"]].parameters())}
             elsewhere = offloaded.annotate(rows, asked)
             for name in ("teacher_logprobs", "reference_logprobs"):
-                np.testing.assert_allclose(elsewhere.ragged(name).values, queried.ragged(name).values, rtol=0, atol=1e-6)
+                np.testing.assert_allclose(elsewhere.ragged(name).values, queried.ragged(name).values, rtol=0, atol=1e-5)
         with group({"math": str(tmp_path / "nothing")}) as broken, pytest.raises(ConfigError, match="cannot load a causal language model"):
             broken.start()
     finally:
