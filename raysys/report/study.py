@@ -40,9 +40,6 @@ def render_study(folder: Path) -> Path:
     return folder / "report.html"
 
 
-SETTLED = ("done", "collapsed")
-
-
 def mean_of_seeds(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """One record a step with the mean of each number over the runs that got there and have it."""
     steps: dict[int, dict[str, list[float]]] = {}
@@ -81,8 +78,8 @@ def _spread(cell: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> li
     """Smallest and largest of a cell's seeds, by column; "" where they are shown alike, or there is one."""
     found = []
     for column in columns:
-        values = [value for run in cell["runs"] if (value := run["values"].get(column["title"])) is not None and run["status"] in SETTLED]
-        low, high = (_shown({column["title"]: end(values, default=None)}, [column])[0] for end in (min, max))
+        ends = cell.get("spread", {}).get(column["title"], (None, None))
+        low, high = (_shown({column["title"]: end}, [column])[0] for end in ends)
         found.append("" if low == high else f"{low} – {high}")
     return found
 

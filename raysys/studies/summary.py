@@ -27,7 +27,8 @@ def summarize(plan: Plan) -> dict[str, Any]:
         settled = [row for row in runs if row["status"] in SETTLED]
         collapsed = sum(row["status"] == "collapsed" for row in runs)
         cells.append(
-            {"cell": cell, "set": dict(keys), "settled": len(settled), "collapsed": collapsed, "mean": _means(settled), "runs": runs}
+            {"cell": cell, "set": dict(keys), "settled": len(settled), "collapsed": collapsed, "mean": _means(settled)}
+            | {"spread": _spread(settled), "runs": runs}
         )
     columns = [{"title": column.title, "share": column.share, "digits": column.digits} for column in plan.study.columns]
     about = {"study": plan.name, "job": plan.job, "title": plan.study.title, "seeds": plan.seeds}
@@ -55,6 +56,13 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     found = {title: [value for row in rows if (value := row["values"][title]) is not None] for title in titles}
     found |= {"steps": [row["steps"] for row in rows]}
     return {title: statistics.fmean(values) if values else None for title, values in found.items()}
+
+
+def _spread(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Smallest and largest of each value, over the rows that have it."""
+    titles = [*rows[0]["values"]] if rows else []
+    found = {title: [value for row in rows if (value := row["values"][title]) is not None] for title in titles}
+    return {title: [min(values), max(values)] for title, values in found.items() if values}
 
 
 def table(summary: Mapping[str, Any], seeds: bool = True) -> str:
@@ -100,6 +108,8 @@ def parquet(summary: Mapping[str, Any], path: Path) -> None:
 
 def publish(plan: Plan) -> dict[str, Any]:
     """Writes `study.json`, `study.parquet` and `report.html`; a page that cannot be drawn stops no study."""
+    from jinja2 import TemplateError
+
     from raysys.report.study import render_study
 
     summary = summarize(plan)
@@ -107,6 +117,6 @@ def publish(plan: Plan) -> dict[str, Any]:
     parquet(summary, plan.folder / PARQUET)
     try:
         render_study(plan.folder)
-    except Exception as error:  # of files, of records that a run is writing, of templates
+    except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
         log.warning("the study's report could not be written: %s: %s", type(error).__name__, error)
     return summary
