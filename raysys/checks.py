@@ -18,6 +18,7 @@ from raysys.data.preflight import check_context, check_vocabularies, preflight, 
 from raysys.data.prepare import world_of
 from raysys.data.text import identity, load_tokenizer
 from raysys.errors import ConfigError, DataError
+from raysys.evaluation.harness import check_harness
 from raysys.job import RUNS_VARIABLE
 from raysys.scoring import verifiers
 
@@ -151,7 +152,10 @@ def check_evaluate(config: EvaluateConfig) -> None:
     models = {f"models.{label}": local_or_id(folder) for label, folder in config.models.items()}
     for label, folder in models.items():
         check_vocabularies({label: folder})
-    _check_data(config.evaluation.data, next(iter(models.values())), config.max_prompt_tokens, config.max_response_tokens, None)
+    if config.harness is not None:
+        check_harness(config.harness)
+    if config.evaluation is not None:
+        _check_data(config.evaluation.data, next(iter(models.values())), config.max_prompt_tokens, config.max_response_tokens, None)
 
 
 def check_generate(config: GenerateConfig) -> None:

@@ -192,7 +192,10 @@ def _quantised(stages: Sequence[Planned]) -> dict[str, dict[str, Any]]:
 
 
 def _split(stage: Planned) -> str:
-    data = stage.config.model_dump()["evaluation"]["data"]
+    facts = stage.config.model_dump()
+    if facts.get("harness"):
+        return "lm-eval"
+    data = facts["evaluation"]["data"]
     return data["source"]["split"] if data.get("source") else data["path"]
 
 

@@ -50,6 +50,7 @@ from raysys.data.prepare import write_questions
 from raysys.data.stream import PromptStream
 from raysys.data.text import Decoder
 from raysys.evaluation.during import NoEvaluation
+from raysys.evaluation.harness import run_harness
 from raysys.generation.run import generate
 from raysys.job import Session
 from raysys.loop import Evaluates, Parts
@@ -254,7 +255,9 @@ def run_evaluate(config: EvaluateConfig, session: Session) -> None:
     """Evaluates each checkpoint in turn; one already on record is not repeated. Models of one architecture share their engines."""
     hardware = Hardware.choose(config, "auto", config.rollout.fewest * config.rollout.tensor_parallel)
     models = {label: local_or_id(folder) for label, folder in config.models.items()}
-    for _, alike in itertools.groupby(models.items(), key=_kin):
+    if config.harness is not None:
+        run_harness(config, config.harness, models, session.folder, hardware.device, hardware.dtype)
+    for _, alike in itertools.groupby(models.items(), key=_kin) if config.evaluation is not None else ():
         _evaluate_alike(config, session, hardware, dict(alike))
     session.ledger.finish(0)
 

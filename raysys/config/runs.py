@@ -216,17 +216,41 @@ class HpdConfig(OnData):
         return self
 
 
+class Harness(Config):
+    """Tasks of lm-eval, which has to be installed besides."""
+
+    tasks: list[str] = Field(min_length=1)
+    """Names of tasks or of groups."""
+    include: str | None = None
+    """Folder with YAML files of further tasks. They can name Python functions, which are run: only files that you trust."""
+    few_shot: NonNegativeInt | None = None
+    """Examples before each question. Null: as each task has it."""
+    rows: PositiveInt | None = None
+    """Of each task the first so many rows, for a quick look. Null: all."""
+    chat: bool = False
+    """Questions in the model's chat template."""
+    batch: PositiveInt = placed(16)
+    """Rows at the same time on a CPU; on a GPU, vLLM decides."""
+
+
 class EvaluateConfig(Run):
-    """`jobs/evaluate.py`: any list of checkpoints on any task source, through vLLM."""
+    """`jobs/evaluate.py`: any list of checkpoints on any task source through vLLM, or on tasks of lm-eval."""
 
     models: dict[str, str]
     """Label to Hugging Face folder or id."""
-    evaluation: EvaluationPart
+    evaluation: EvaluationPart | None = None
+    harness: Harness | None = None
     max_prompt_tokens: PositiveInt = 2048
     max_response_tokens: PositiveInt = 16384
     rollout: Rollout = Rollout()
     examples: NonNegativeInt = 5
     """Responses a model shown in the report."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if (self.evaluation is None) == (self.harness is None):
+            raise ValueError("set either evaluation (tasks of one's own) or harness (lm-eval's), and the other to null")
+        return self
 
 
 class GenerateConfig(Run):
