@@ -219,7 +219,7 @@ class Quantiser:
 
     def _full_sizes(self) -> dict[str, float]:
         total = sum(path.stat().st_size for path in self._checkpoint.folder.glob("*.safetensors"))
-        weight = self._checkpoint.layer(0)["mlp.down_proj.weight"]
+        weight = self._checkpoint.layer(0)["self_attn.o_proj.weight"]
         return {"bits_per_weight": 8.0 * weight.element_size(), "megabytes": total / 1e6}
 
     def _sizes(self) -> dict[str, float]:

@@ -42,6 +42,10 @@ class Rotated:
     def layers(self) -> int:
         return self._checkpoint.layers
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return self._checkpoint.linears
+
     def layer(self, i: int) -> dict[str, Tensor]:
         """Raises ConfigError: a layer of another form."""
         wide = {name: tensor.to(compute_dtype(tensor)) for name, tensor in self._checkpoint.layer(i).items()}

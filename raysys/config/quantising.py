@@ -43,6 +43,8 @@ class Gptq(Config):
 
     damp: PositiveFloat = 0.01
     """Added to the Hessian's diagonal, as a share of its mean."""
+    expert_damp: float = Field(default=0.5, ge=0)
+    """Of an expert added to `damp`, times its inputs over the tokens that reach it: few tokens say little of many inputs."""
     block: PositiveInt = 128
     """Columns whose errors are passed on at once. Identity: sums are rounded by it."""
     order: Literal["group", "none"] = "group"

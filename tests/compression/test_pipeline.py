@@ -315,7 +315,7 @@ def test_what_cannot_be_quantised_is_named(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(model)
 
     class Spoilt:
-        folder, layers = checkpoint.folder, 3
+        folder, layers, linears = checkpoint.folder, 3, LINEARS
         value = float("nan")
 
         def layer(self, i: int) -> dict[str, Tensor]:
