@@ -5,6 +5,7 @@ o         on the attention of the quantised q k v
 DAC       mean of the norm after attention: this layer's attention in full precision less quantised, both on the quantised prefix
 gate up   on that norm with its correction                  one set of statistics
 down      on the quantised gate and up; its column scale goes into up
+DAC       behind the last layer too, where it is asked for: mean of the final norm, this layer's MLP in full precision less quantised
 
 Of a mixture the last two are done for each expert, on the tokens that the router, which stays as it is, gives it in the quantised prefix.
 For asymmetric calibration the same tokens' full-precision states go through the same expert in full precision, wherever that stream
@@ -57,6 +58,8 @@ class OneLayer:
         self._absorbed: dict[str, Tensor] = {}
         self.bias: Tensor | None = None
         """DAC's, [D]."""
+        self.final: Tensor | None = None
+        """DAC's of the norm before the head, [D]."""
         self._asymmetric = self._config.method in ("gptaq", "d2quant")
         self._corrects = self._config.corrects(pipeline.folds)
         self._blocks = None if pipeline.windows is None else tuple(pipeline.skeleton.block(i, weights) for _ in range(2))
@@ -118,6 +121,14 @@ class OneLayer:
             with stream.write("middle") as middle:
                 for rows, _ in self._line.batches():
                     middle[rows] = block.attend(self._at(states, rows))
+
+    def quantise_last_mlp(self) -> None:
+        """As `quantise_mlp`, with DAC's bias of the norm before the head."""
+        teacher = self._behind()
+        self.quantise_mlp()
+        tokens = sum(int(real.sum()) for _, real in self._line.batches())
+        self.final = deviation_bias(teacher, self._behind(), tokens, self._config.d2quant.strength, self._config.d2quant.clip).float()
+        self.record["correction_final"] = float(self.final.square().mean().sqrt())
 
     def quantise_mlp(self) -> None:
         """gate and up, then down, whose column scale up absorbs: of the layer's MLP, or of each expert."""
@@ -187,6 +198,14 @@ class OneLayer:
         full, prefix = (stream.read("middle") for stream in self._line.streams)
         for rows, real in self._line.batches():
             yield real, self._student.normed(self._at(prefix, rows)), self._full.normed(self._at(full, rows))
+
+    def _behind(self) -> Tensor:
+        """Sum of what the final norm gives behind the student as it stands, on the quantised prefix: [D] float64."""
+        states, total = self._line.streams[1].read("middle"), torch.zeros((), dtype=torch.float64, device=self._line.device)
+        for rows, real in self._line.batches():
+            normed = self._line.skeleton.norm(self._student.feed(self._at(states, rows)), {"weight": self._line.final_norm})
+            total = total + normed[real].double().sum(dim=0)
+        return total
 
     def _count(self, tokens: Sequence[int]) -> None:
         """Of a mixture, how many tokens its experts have."""

@@ -29,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ABOUT = "compression.json"
 """What an export is of: source, bits, group, and what the caller says about it."""
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -229,7 +229,7 @@ class Checkpoint:
                     raise ConfigError(f"{place}{name} is {tensor.kind}: quantised already", "give the checkpoint it was made from")
                 if tensor.shape != shape:
                     raise ConfigError(f"{place}{name} is {list(tensor.shape)}, the config of a {family} says {list(shape)}")
-        for name in (EMBEDDING, "model.norm.weight"):
+        for name in (EMBEDDING, NORM):
             if name not in self.tensors:
                 raise ConfigError(f"{self.folder}: a {family} without {name}", "give a whole causal language model as model")
 

@@ -65,6 +65,8 @@ class D2Quant(Config):
     correction: bool | None = None
     """DAC: a bias of the norm after attention, folded into gate and up. Null: where the family has a place for it (Llama's `mlp_bias`).
     true elsewhere keeps it beside the file for evaluation; the file alone is then worse than without, for its codes were fitted with it."""
+    final_norm: bool = False
+    """DAC of the norm before the head too. No family has a place for it, so it is kept beside the file for evaluation."""
     strength: float = Field(default=1.0, ge=0)
     clip: PositiveFloat = 10.0
 
@@ -129,6 +131,11 @@ class QuantizeConfig(Run):
         """Whether DAC runs for a family that has (`folds`) or has no place for its bias."""
         wanted = self.d2quant.correction
         return self.method == "d2quant" and (folds if wanted is None else wanted)
+
+    @property
+    def corrects_final(self) -> bool:
+        """Whether DAC runs for the norm before the head."""
+        return self.method == "d2quant" and self.d2quant.final_norm
 
     @property
     def widest(self) -> int:
