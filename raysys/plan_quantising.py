@@ -3,7 +3,8 @@
 Legend: n inputs of the widest linear layer, P parameters of a layer's linears, N windows of L positions, D width, V vocabulary.
 
     a layer        its weights as stored, two blocks of it, and what is made of the largest linear in float32
-    statistics     sums H and D of n^2 float32 numbers, the copies that they are read as, and the factor's two
+    statistics     sums H and D of n^2 float32 numbers, the copies that they are read as, and the factor's two; of a mixture the sums of all
+                   experts at once
     activations    one forward pass of `batch` windows through both blocks
     evaluation     the unembedding [V, D]
 
@@ -25,9 +26,16 @@ SCORING_WORK = 0.75 * 2**30
 
 
 def linears(shape: Shape) -> int:
-    """Parameters of one layer's linears, those that get codes."""
+    """Parameters of one layer's linears, those that get codes: of a mixture all experts', and not the router's."""
     query, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return shape.hidden * (2 * query + 2 * keys + 3 * shape.ffn)
+    return shape.hidden * (2 * query + 2 * keys + 3 * (shape.experts * shape.expert_ffn or shape.ffn))
+
+
+def statistics_bytes(shape: Shape) -> float:
+    """Of the calibration inputs' sums and factors, in float32."""
+    inner = shape.expert_ffn or shape.ffn
+    widest = max(inner, shape.heads * shape.head_dim, shape.hidden)
+    return 4.0 * (6 * widest**2 + 2 * max(0, shape.experts - 1) * max(inner, shape.hidden) ** 2)
 
 
 def file_bytes(shape: Shape, bits: float, group_size: int, width: int) -> float:
@@ -49,12 +57,12 @@ def states_bytes(config: QuantizeConfig, shape: Shape, width: int) -> float:
 def estimate_quantising(config: QuantizeConfig, shape: Shape, device: Device) -> Estimate:
     """The one actor; what comes before it and what lies on disk are notes."""
     width, layer = device.width, linears(shape)
-    widest = max(shape.ffn, shape.heads * shape.head_dim, shape.hidden)
+    inner = shape.expert_ffn or shape.ffn
     windows = max((part.length for part in (config.calibration, config.evaluation) if part is not None), default=0)
     held = states_bytes(config, shape, width)
     parts = {
-        "layer": float(layer * 3 * width + 4 * 4 * shape.ffn * shape.hidden),
-        "statistics": 0.0 if config.method == "rtn" else 6.0 * 4 * widest**2,
+        "layer": float(layer * 3 * width + 4 * 4 * inner * shape.hidden),
+        "statistics": 0.0 if config.method == "rtn" else statistics_bytes(shape),
         "activations": 2.0 * config.batch * windows * (6 * shape.hidden + 3 * shape.ffn) * width,
         "logits": float(width * shape.vocabulary * shape.hidden + 2 * 4 * 512 * shape.vocabulary) if config.evaluation else 0.0,
         "process": PROCESS,
@@ -69,6 +77,8 @@ def estimate_quantising(config: QuantizeConfig, shape: Shape, device: Device) ->
     remedy = (
         "lower batch, or the windows' length" if parts["activations"] > parts["statistics"] else "use a GPU with more memory, or device=cpu"
     )
+    if shape.experts:
+        notes.append(f"{shape.experts} experts a layer, each with its own statistics; routers stay as they are")
     if config.allocation in BY_WEIGHTS:
         task = 4.0 * layer + SCORING_WORK * min(1.0, shape.hidden / 4096) + PROCESS
         notes.append(f"before it {min(config.scoring_tasks or shape.layers, shape.layers)} scoring tasks of {amount(task)} on CPUs")

@@ -63,6 +63,10 @@ def run_quantize(config: QuantizeConfig, session: Session) -> None:
         if (family := checkpoint.config.get("model_type")) not in FOLDS and config.corrects(folds=False):
             log.info("d2quant.correction: a %s has no place for it, so it is left out of the file and kept for evaluation", family)
         bits = _allocated(config, checkpoint, session)
+        if checkpoint.experts and len(set(bits)) > 1:
+            log.info(
+                "experts of layers with other widths: vLLM reads export/, stock transformers needs dequantised/ (keep_dequantised=true)"
+            )
         about = _about(config, calibration.digest if calibration is not None else None)
         work = Work(config, checkpoint.folder, session.folder, bits, calibration, held_out, hardware.device, hardware.dtype, about)
         progress["phase"] = "train"
@@ -225,7 +229,7 @@ def _layers(config: QuantizeConfig, session: Session, bits: Sequence[int], ask: 
     done = ask("records", "deadlines.checkpoint", config.deadlines.checkpoint)
     if done:
         log.info("resumed: %d of %d layers are finished", len(done), len(bits))
-    shown = Progress(len(bits))
+    shown, records = Progress(len(bits)), list[dict[str, Any]]()
     with MetricsWriter(session.folder, session.job, session.folder.name) as metrics:
         for i in range(len(bits)):
             fresh = i >= len(done)
@@ -239,6 +243,20 @@ def _layers(config: QuantizeConfig, session: Session, bits: Sequence[int], ask: 
             if fresh:
                 session.ledger.committed = session.ledger.step + i + 1  # a restart has something to go on from
                 shown.show(line)
+            records.append(record)
+    if told := scarcity(records):
+        log.warning(told)
+
+
+def scarcity(records: Sequence[Mapping[str, Any]]) -> str | None:
+    """What a person should know of experts that few calibration tokens reached, by what `Pipeline.layer` told; None: there are none."""
+    experts, scarce, rounded = (sum(one.get(key, 0) for one in records) for key in ("experts", "experts_scarce", "experts_rounded"))
+    if not scarce:
+        return None
+    return (
+        f"{scarce} of {experts} experts have fewer calibration tokens than inputs and are held closer to rounding (gptq.expert_damp), "
+        f"{rounded} of them have none and are rounded to nearest; more calibration.samples would reach them"
+    )
 
 
 def _evaluate(config: QuantizeConfig, session: Session, ask: Any, told: Mapping[str, Any]) -> None:

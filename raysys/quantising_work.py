@@ -111,7 +111,8 @@ class Quantiser:
             shutil.rmtree(self._plain, ignore_errors=True)
             write_plain(self._work.folder / EXPORT, self._plain)
         models = {FULL: self._full_sizes(), QUANTISED: self._sizes()}
-        if self._work.config.corrects(self._folds) and not self._folds and config.evaluation is not None:
+        beside = (config.corrects(self._folds) and not self._folds) or config.corrects_final
+        if beside and config.evaluation is not None:
             models[CORRECTED] = self._sizes()
         return {"models": models, "seconds": time.monotonic() - began}
 
@@ -129,12 +130,13 @@ class Quantiser:
         if label == FULL and known is not None and known.is_file():
             return json.loads(known.read_text())
         source = self._checkpoint if label == FULL else Checkpoint.open(self._plain)
-        biases = Corrections(self._work.folder).read() if label == CORRECTED else None
+        corrections = Corrections(self._work.folder) if label == CORRECTED else None
         skeleton = self._skeleton(source.folder, windows.ids.shape[1])
         found = walk(
             *(skeleton, windows, source.layer, source.tensor, source.unembedding, self._work.folder / "states"),
             config.batch,
-            biases,
+            None if corrections is None else corrections.read(),
+            final=None if corrections is None else corrections.final(),
         )
         tasks = bool((windows.starts > 1).any())
         measures = {"perplexity": found.value, "nll": found.mean} | ({"accuracy": found.accuracy} if tasks else {})
@@ -219,7 +221,7 @@ class Quantiser:
 
     def _full_sizes(self) -> dict[str, float]:
         total = sum(path.stat().st_size for path in self._checkpoint.folder.glob("*.safetensors"))
-        weight = self._checkpoint.layer(0)["mlp.down_proj.weight"]
+        weight = self._checkpoint.layer(0)["self_attn.o_proj.weight"]
         return {"bits_per_weight": 8.0 * weight.element_size(), "megabytes": total / 1e6}
 
     def _sizes(self) -> dict[str, float]:

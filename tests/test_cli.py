@@ -241,6 +241,12 @@ def test_quantising_is_planned_by_its_counts(capsys: pytest.CaptureFixture[str],
     assert states_bytes(config, one, 4) == 2 * 3 * 10 * 20 * 64 * 4
     place = plan_quantising.estimate_quantising(config, one, GPU).places[0]
     assert place.parts["statistics"] == 6 * 4 * 128**2 and place.gpus == 1 and place.parts["logits"] == 0
+    mixture = shape(100_000, experts=8, expert_ffn=32, ffn=64)
+    assert linears(mixture) == 64 * (2 * 64 + 2 * 32 + 3 * 8 * 32)
+    place = plan_quantising.estimate_quantising(config, mixture, GPU).places[0]
+    assert place.parts["statistics"] == 4 * (6 * 64**2 + 2 * 7 * 64**2) and any(
+        note.startswith("8 experts a layer") for note in place.notes
+    )
     assert cli.main(["plan", str(CONFIGS / "quantize" / "paper.yaml"), "--gpus", "1"]) == 0
     out = capsys.readouterr().out
     assert "published numbers of Qwen3-8B" in out and "before it 36 scoring tasks" in out and "everything fits" in out

@@ -18,7 +18,7 @@ from raysys.errors import ConfigError
 from raysys.models.scratch import new_causal
 from raysys.pipeline import Planned
 from raysys.quantising import check_quantize
-from raysys.quantising_work import FULL, Quantiser, Work, facts_options, known_of
+from raysys.quantising_work import CORRECTED, FULL, QUANTISED, Quantiser, Work, facts_options, known_of
 
 SMALL: dict[str, Any] = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 32, "ffn_size": 96, "context": 64}
 ADD = {"task": "chain_sum", "params": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, "style": "scratchpad"}
@@ -71,6 +71,16 @@ def test_a_checkpoint_that_is_none_is_named(model: Path, tmp_path: Path, key: st
     with pytest.raises(ConfigError) as caught:
         check_quantize(config(tmp_path))
     assert told in str(caught.value)
+
+
+def test_a_correction_of_the_last_norm_alone_is_measured_too(model: Path, tmp_path: Path) -> None:
+    windows = {"source": {"domains": {"add": ADD}}, "samples": 4, "length": 24}
+    settings = config(model, evaluation=windows, bits=3.0, allocation="uniform", threads=1, d2quant={"iterations": 2, "final_norm": True})
+    data = token_windows(settings.evaluation, str(model), 0, "evaluation", in_order=True)  # type: ignore[arg-type]
+    actor = Quantiser(Work(settings, Checkpoint.open(model).folder, tmp_path, [3, 3], data, data, "cpu", "float32", {}))
+    assert ["correction_final" in actor.layer(i) for i in range(2)] == [False, True]
+    assert list(actor.finish()["models"]) == [FULL, QUANTISED, CORRECTED]
+    assert actor.perplexity(CORRECTED)["nll"] != actor.perplexity(QUANTISED)["nll"]
 
 
 def test_runs_share_what_is_known_of_a_model_and_nothing_else(model: Path, tmp_path: Path) -> None:

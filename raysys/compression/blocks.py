@@ -4,6 +4,8 @@ Legend: B windows, L positions, D width.
 
     middle = h + attention(norm(h))          `Block.attend`
     out    = middle + mlp(norm(middle))      `Block.feed`
+
+An MLP has a place: "mlp" of a dense layer; of a mixture each expert has one, "mlp.experts.3".
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raysys.compression import experts
 from raysys.errors import ConfigError
 
 
@@ -53,13 +56,24 @@ class Block:
         out = self.module(states, attention_mask=None, position_embeddings=(cos, sin), use_cache=False)
         return out[0] if isinstance(out, tuple) else out
 
+    def reached(self, normed: Tensor, real: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Places of MLPs, and which of the real positions [B, L] reach each, given what the norm after attention gives [B, L, D]."""
+        yield "mlp", real
+
+    def hidden(self, place: str, normed: Tensor) -> Tensor:
+        """What the down-projection of an MLP reads, [..., d], of what its gate and up read, [..., D]."""
+        mlp = self.module.mlp
+        return mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+
     def weight(self, linear: str) -> Tensor:
         return self.module.get_submodule(linear).weight
 
+    def bias_of(self, linear: str) -> Tensor | None:
+        return self.module.get_submodule(linear).bias
+
     def put(self, linear: str, weight: Tensor) -> None:
         """Another weight [out, in] for a linear; taken to the dtype and device that it has."""
-        old = self.weight(linear)
-        self.module.get_submodule(linear).weight = nn.Parameter(weight.to(old), requires_grad=False)
+        self.weight(linear).copy_(weight)
 
     @contextmanager
     def seen(self, linear: str) -> Iterator[list[Tensor]]:
@@ -70,6 +84,32 @@ class Block:
             yield found
         finally:
             hook.remove()
+
+
+class Mixture(Block):
+    """A layer whose MLP is a mixture of experts behind a router."""
+
+    def reached(self, normed: Tensor, real: Tensor) -> Iterator[tuple[str, Tensor]]:
+        chosen = self.module.mlp.gate(normed.flatten(0, 1))[-1]  # [B L, K], as the layer itself routes
+        for expert in range(self.module.mlp.experts.num_experts):
+            yield f"mlp.experts.{expert}", real & (chosen == expert).any(dim=-1).view_as(real)
+
+    def hidden(self, place: str, normed: Tensor) -> Tensor:
+        gate, up = (nn.functional.linear(normed, self.weight(f"{place}.{part}_proj")) for part in ("gate", "up"))
+        return self.module.mlp.experts.act_fn(gate) * up
+
+    def weight(self, linear: str) -> Tensor:
+        part = experts.part_of(linear)
+        if part is None:
+            return super().weight(linear)
+        stacks = self.module.mlp.experts
+        if part[1] == "down":
+            return stacks.down_proj[part[0]]
+        gate, up = stacks.gate_up_proj[part[0]].chunk(2)
+        return gate if part[1] == "gate" else up
+
+    def bias_of(self, linear: str) -> Tensor | None:
+        return None if experts.part_of(linear) else super().bias_of(linear)
 
 
 class Skeleton:
@@ -91,6 +131,7 @@ class Skeleton:
         try:
             self.config: Any = AutoConfig.from_pretrained(folder)
             self.config._attn_implementation = "sdpa"
+            self.config._experts_implementation = "eager"  # one expert after another, each a plain product, on any device
             with torch.device("meta"):
                 model: Any = AutoModelForCausalLM.from_config(self.config)
         except (OSError, ValueError, KeyError) as error:
@@ -129,7 +170,8 @@ class Skeleton:
     def block(self, layer: int, weights: Mapping[str, Tensor]) -> Block:
         """A layer with these weights, by names relative to it. Raises ConfigError: they are not those of such a layer."""
         module: Any = copy.deepcopy(self._base.layers[layer])
-        own = {name: tensor.to(self.device, self.dtype, copy=True) for name, tensor in weights.items()}
+        own = experts.stacked({name: tensor.to(self.device, self.dtype) for name, tensor in weights.items()})
+        own = {name: tensor.clone() if tensor is weights.get(name) else tensor for name, tensor in own.items()}
         try:
             module.load_state_dict(own, strict=True, assign=True)
         except RuntimeError as error:
@@ -137,7 +179,8 @@ class Skeleton:
             raise ConfigError(
                 f"layer {layer} does not fit its config: {told}", "the shards and config.json belong to other models"
             ) from None
-        return Block(module.requires_grad_(False).eval(), self._positions)
+        kind = Mixture if hasattr(module.mlp, "experts") else Block
+        return kind(module.requires_grad_(False).eval(), self._positions)
 
     def norm(self, states: Tensor, weight: Mapping[str, Tensor], bias: Tensor | None = None) -> Tensor:
         """The final norm, with its parameters by name ("weight")."""

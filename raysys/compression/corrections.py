@@ -1,4 +1,4 @@
-"""DAC's biases of the norms after attention that the served files have no place for: for evaluation, and for who can add them."""
+"""DAC's biases of norms that the served files have no place for: for evaluation, and for who can add them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from raysys.files import writing
 
 FILE = "corrections.safetensors"
-_NAME = "model.layers.{}.post_attention_layernorm.bias"
+_NAME, _FINAL = "model.layers.{}.post_attention_layernorm.bias", "model.norm.bias"
 
 
 class Corrections:
@@ -25,14 +25,17 @@ class Corrections:
     def __init__(self, folder: Path):
         self._folder, self._parts = folder, folder / "corrections"
 
-    def write(self, i: int, bias: Tensor | None) -> None:
-        """[D] of layer i; None: there is none. Raises CheckpointError."""
+    def write(self, i: int, bias: Tensor | None, final: Tensor | None = None) -> None:
+        """[D] of layer i, and of the norm before the head if it is the last one; None: there is none. Raises CheckpointError."""
         path = self._parts / f"{i:05d}.safetensors"
-        if bias is None:
+        found = {
+            name: one.detach().cpu().float().contiguous() for name, one in ((_NAME.format(i), bias), (_FINAL, final)) if one is not None
+        }
+        if not found:
             path.unlink(missing_ok=True)
             return
         self._parts.mkdir(exist_ok=True)
-        _save({_NAME.format(i): bias.detach().cpu().float().contiguous()}, path)
+        _save(found, path)
 
     def finish(self) -> None:
         """Joins the parts."""
@@ -43,8 +46,15 @@ class Corrections:
 
     def read(self) -> dict[int, Tensor]:
         """Bias [D] by layer, when `finish` has been called; {} without any."""
+        return {int(name.split(".")[2]): tensor for name, tensor in self._all().items() if name != _FINAL}
+
+    def final(self) -> Tensor | None:
+        """Bias [D] of the norm before the head, likewise."""
+        return self._all().get(_FINAL)
+
+    def _all(self) -> dict[str, Tensor]:
         path = self._folder / FILE
-        return {int(name.split(".")[2]): tensor for name, tensor in load_file(path).items()} if path.is_file() else {}
+        return load_file(path) if path.is_file() else {}
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from raysys.compression import experts
 from raysys.compression.packing import pack
 from raysys.compression.shards import ABOUT, HEAD, INDEX, Checkpoint, header
 from raysys.config.quantising import FOLDS
@@ -57,11 +58,13 @@ def stored(quantized: Quantized, dtype: torch.dtype) -> Quantized:
 def absorbed(quantized: Mapping[str, Quantized], others: Mapping[str, Tensor]) -> tuple[dict[str, Quantized], dict[str, Tensor]]:
     """A layer whose down-projection's column scale has moved into the up-projection and its bias; as it was where there is none."""
     layer, rest = dict(quantized), dict(others)
-    down, up, bias = layer["mlp.down_proj"], layer["mlp.up_proj"], rest.get("mlp.up_proj.bias")
-    if down.column_scale is not None:
-        layer |= {"mlp.up_proj": absorb(up, down.column_scale), "mlp.down_proj": replace(down, column_scale=None)}
-        if bias is not None:
-            rest["mlp.up_proj.bias"] = bias * down.column_scale.to(bias.dtype)
+    for name, down in quantized.items():
+        if down.column_scale is None:
+            continue
+        up = name.replace("down_proj", "up_proj")
+        layer |= {up: absorb(layer[up], down.column_scale), name: replace(down, column_scale=None)}
+        if (bias := rest.get(f"{up}.bias")) is not None:
+            rest[f"{up}.bias"] = bias * down.column_scale.to(bias.dtype)
     return layer, rest
 
 
@@ -305,8 +308,10 @@ class Export:
 
 def quantization_config(source: Checkpoint, bits: Sequence[int], group_size: int) -> dict[str, Any]:
     """What config.json says of the format: one group of modules for each width, named by layer, so that each belongs to one only."""
-    names = [name for name in source.linears if not any(name in parts for parts in source.fused.values())]
-    ends = "|".join(re.escape(name) for name in [*source.fused, *names])
+    fused = {part for parts in source.fused.values() for part in parts}
+    plain = [name for name in source.linears if name not in fused and not experts.part_of(name)]
+    mixture = [r"mlp\.experts\.\d+\.(gate|up|down)_proj"] if source.experts else []
+    ends = "|".join([*(re.escape(name) for name in (*source.fused, *plain)), *mixture])
     groups = {}
     for width in sorted(set(bits), reverse=True):
         layers = "|".join(str(i) for i, one in enumerate(bits) if one == width)
@@ -327,7 +332,7 @@ def quantization_config(source: Checkpoint, bits: Sequence[int], group_size: int
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *([rf"re:model\.layers\.\d+\.{re.escape(experts.ROUTER)}$"] if source.experts else [])],
         "config_groups": groups,
     }
 

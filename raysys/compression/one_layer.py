@@ -5,19 +5,27 @@ o         on the attention of the quantised q k v
 DAC       mean of the norm after attention: this layer's attention in full precision less quantised, both on the quantised prefix
 gate up   on that norm with its correction                  one set of statistics
 down      on the quantised gate and up; its column scale goes into up
+DAC       behind the last layer too, where it is asked for: mean of the final norm, this layer's MLP in full precision less quantised
+
+Of a mixture the last two are done for each expert, on the tokens that the router, which stays as it is, gives it in the quantised prefix.
+For asymmetric calibration the same tokens' full-precision states go through the same expert in full precision, wherever that stream
+routes them. The fewer tokens an expert has, the more its Hessian is taken for the identity, which is rounding to nearest:
+
+    damp_e = damp + expert_damp n / tokens_e               n inputs; without tokens: `rtn`
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from raysys.compression import experts
 from raysys.compression.backends import gptq, rtn
 from raysys.compression.blocks import Block
-from raysys.compression.shards import LINEARS
 from raysys.compression.statistics import Statistics
 from raysys.compression.streams import States
 from raysys.errors import DataError
@@ -27,7 +35,8 @@ if TYPE_CHECKING:
     from raysys.compression.pipeline import Pipeline
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-OUT, GATE, UP, DOWN = "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
+OUT, GATE, UP, DOWN = "self_attn.o_proj", ".gate_proj", ".up_proj", ".down_proj"
+"""The last three behind the place of an MLP, "mlp" or that of an expert."""
 
 _OUTPUTS = 512
 """Outputs of a linear, evenly spaced, that its output error is told by: all of a large one would cost as much as its quantisation."""
@@ -41,11 +50,16 @@ class OneLayer:
         self._bits = pipeline.bits[i]
         self.made: dict[str, Quantized] = {}
         self.record: dict[str, Any] = {}
-        self._sums = [0.0, 0.0]
-        """Squares of what rounding changed, and of the weights."""
-        self._absorbed: Tensor | None = None
+        self._linears = pipeline.linears
+        self._places = [name.removesuffix(DOWN) for name in self._linears if name.endswith(DOWN)]
+        self._sums: dict[str, list[float]] = {}
+        """By entry of the record: squares of what rounding changed, and of what there was."""
+        self._unrounded_up: dict[str, Quantized] = {}
+        self._absorbed: dict[str, Tensor] = {}
         self.bias: Tensor | None = None
         """DAC's, [D]."""
+        self.final: Tensor | None = None
+        """DAC's of the norm before the head, [D]."""
         self._asymmetric = self._config.method in ("gptaq", "d2quant")
         self._corrects = self._config.corrects(pipeline.folds)
         self._blocks = None if pipeline.windows is None else tuple(pipeline.skeleton.block(i, weights) for _ in range(2))
@@ -64,7 +78,7 @@ class OneLayer:
 
     def round(self) -> None:
         """Round to nearest, which no activation is needed for."""
-        for name in LINEARS:
+        for name in self._linears:
             self._keep(name, rtn(self._weight(name), self._bits, self._config.group_size))
 
     def quantise_attention(self, full: States, prefix: States) -> None:
@@ -75,7 +89,7 @@ class OneLayer:
             self._add(joint, given, wanted, real)
         for name in ATTENTION:
             self._keep(name, self._quantised(name, joint), joint)
-        teacher = torch.zeros(self._weight(DOWN).shape[0], dtype=torch.float64, device=self._line.device)
+        teacher = torch.zeros(len(self._weights[f"{OUT}.weight"]), dtype=torch.float64, device=self._line.device)
         student, tokens = teacher.clone(), 0
         full_stream, prefix_stream = self._line.streams
         with full_stream.write("middle") as middle:
@@ -108,23 +122,33 @@ class OneLayer:
                 for rows, _ in self._line.batches():
                     middle[rows] = block.attend(self._at(states, rows))
 
+    def quantise_last_mlp(self) -> None:
+        """As `quantise_mlp`, with DAC's bias of the norm before the head."""
+        teacher = self._behind()
+        self.quantise_mlp()
+        tokens = sum(int(real.sum()) for _, real in self._line.batches())
+        self.final = deviation_bias(teacher, self._behind(), tokens, self._config.d2quant.strength, self._config.d2quant.clip).float()
+        self.record["correction_final"] = float(self.final.square().mean().sqrt())
+
     def quantise_mlp(self) -> None:
-        """gate and up, then down, whose column scale up absorbs."""
-        full, prefix = (stream.read("middle") for stream in self._line.streams)
-        joint, down = self._statistics(GATE), self._statistics(DOWN)
-        for rows, real in self._line.batches():
-            given, wanted = self._student.normed(self._at(prefix, rows)), self._full.normed(self._at(full, rows))
-            self._add(joint, given, wanted, real)
-        for name in (GATE, UP):
-            self._keep(name, self._quantised(name, joint), joint)
-        for rows, real in self._line.batches():
-            inputs = []
-            for block, states in ((self._student, prefix), (self._full, full)):
-                with block.seen(DOWN) as seen:
-                    block.feed(self._at(states, rows))
-                inputs.append(seen[0])
-            self._add(down, inputs[0], inputs[1], real)
-        self._keep(DOWN, self._quantised(DOWN, down), down)
+        """gate and up, then down, whose column scale up absorbs: of the layer's MLP, or of each expert."""
+        joint = {place: self._statistics(place + GATE) for place in self._places}
+        for real, given, wanted in self._normed():
+            for place, reached in self._student.reached(given, real):
+                self._add(joint[place], given, wanted, reached)
+        self._count([one.tokens for one in joint.values()])
+        for place in self._places:
+            statistics = joint.pop(place)
+            for name in (place + GATE, place + UP):
+                self._keep(name, self._quantised(name, statistics), statistics)
+        down = {place: self._statistics(place + DOWN) for place in self._places}
+        for real, given, wanted in self._normed():
+            for place, reached in self._student.reached(given, real):
+                inputs = [block.hidden(place, states[reached]) for block, states in ((self._student, given), (self._full, wanted))]
+                down[place].add(inputs[0].float(), inputs[1].float() if self._asymmetric else None)
+        for place in self._places:
+            statistics = down.pop(place)
+            self._keep(place + DOWN, self._quantised(place + DOWN, statistics), statistics)
 
     def advance(self) -> None:
         """Both streams through the MLP, to the front of the next layer."""
@@ -147,47 +171,82 @@ class OneLayer:
 
     def others(self) -> dict[str, Tensor]:
         """Everything of the layer that is not quantised. DAC's bias is W_hat mu in gate and up, where they have a place for it."""
-        found = {name: tensor for name, tensor in self._weights.items() if name.removesuffix(".weight") not in LINEARS}
-        scale = self._absorbed
-        if scale is not None and (bias := found.get(f"{UP}.bias")) is not None:
-            found[f"{UP}.bias"] = (bias.to(scale) * scale).to(bias.dtype)
+        found = {name: tensor for name, tensor in self._weights.items() if name.removesuffix(".weight") not in self._linears}
+        for place, scale in self._absorbed.items():
+            if (bias := found.get(f"{place}{UP}.bias")) is not None:
+                found[f"{place}{UP}.bias"] = (bias.to(scale) * scale).to(bias.dtype)
         if self.bias is None or not self._line.folds:
             return found
         kind = self._kind
-        for name in (GATE, UP):
-            weight = self.made[name].dequantize().float()
-            folded = weight @ self.bias.to(weight)
-            old = found.get(f"{name}.bias")
-            found[f"{name}.bias"] = (folded if old is None else folded + old.to(folded)).to(kind)
-        found.setdefault(f"{DOWN}.bias", torch.zeros(self.made[DOWN].codes.shape[0], dtype=kind))
+        for place in self._places:
+            for name in (place + GATE, place + UP):
+                weight = self.made[name].dequantize().float()
+                folded = weight @ self.bias.to(weight)
+                old = found.get(f"{name}.bias")
+                found[f"{name}.bias"] = (folded if old is None else folded + old.to(folded)).to(kind)
+            found.setdefault(f"{place}{DOWN}.bias", torch.zeros(self.made[place + DOWN].codes.shape[0], dtype=kind))
         return found
 
     # -- inside
 
     @property
     def _kind(self) -> torch.dtype:
-        return self._line.stored or self._weights[f"{DOWN}.weight"].dtype
+        return self._line.stored or self._weights[f"{OUT}.weight"].dtype
+
+    def _normed(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Real positions [B, L], and what gate and up read there [B, L, D]: on the quantised prefix, and in full precision."""
+        full, prefix = (stream.read("middle") for stream in self._line.streams)
+        for rows, real in self._line.batches():
+            yield real, self._student.normed(self._at(prefix, rows)), self._full.normed(self._at(full, rows))
+
+    def _behind(self) -> Tensor:
+        """Sum of what the final norm gives behind the student as it stands, on the quantised prefix: [D] float64."""
+        states, total = self._line.streams[1].read("middle"), torch.zeros((), dtype=torch.float64, device=self._line.device)
+        for rows, real in self._line.batches():
+            normed = self._line.skeleton.norm(self._student.feed(self._at(states, rows)), {"weight": self._line.final_norm})
+            total = total + normed[real].double().sum(dim=0)
+        return total
+
+    def _count(self, tokens: Sequence[int]) -> None:
+        """Of a mixture, how many tokens its experts have."""
+        if not experts.part_of(self._places[0] + UP):
+            return
+        width = self._weights[f"{self._places[0]}{GATE}.weight"].shape[1]
+        self.record |= {"experts": len(tokens), "experts_rounded": sum(not one for one in tokens)}
+        self.record |= {"experts_scarce": sum(one < width for one in tokens), "expert_tokens_least": min(tokens)}
 
     def _keep(self, name: str, quantized: Quantized, statistics: Statistics | None = None) -> None:
         """Notes a result as it will be stored and puts it into the student, and with it what it absorbs."""
+        self._note(name, quantized, statistics)
+        place = name.rpartition(".")[0]
+        if quantized.column_scale is not None:
+            scale = self._absorbed[place] = quantized.column_scale.float()
+            self._set(place + UP, self._stored(absorb(self._unrounded_up.pop(place), scale)))
+            if self._blocks is not None and (bias := self._student.bias_of(place + UP)) is not None:
+                bias.mul_(scale.to(bias))
+            quantized = replace(quantized, column_scale=None)
+        if name.endswith(UP):
+            self._unrounded_up[place] = quantized
+        self._set(name, self._stored(quantized))
+
+    def _note(self, name: str, quantized: Quantized, statistics: Statistics | None) -> None:
+        """What it differs by from the weight; experts' linears of a kind are told as one."""
         weight = self._weight(name)
         off, short = quantized.dequantize().to(weight) - weight, name.rpartition(".")[2]
         sizes = [float(one.double().square().sum()) for one in (off, weight)]
-        self._sums = [total + size for total, size in zip(self._sums, sizes, strict=True)]
-        self.record |= {f"weight_error/{short}": sizes[0] / sizes[1], "weight_error": self._sums[0] / self._sums[1]}
-        if statistics is not None:
-            hessian, step = statistics.hessian, max(1, len(weight) // _OUTPUTS)
-            sizes = [float(((one @ hessian) * one).sum()) for one in (off[::step].to(hessian), weight[::step].to(hessian))]
-            self.record[f"output_error/{short}"] = sizes[0] / sizes[1] if sizes[1] > 0 else 0.0
-        if quantized.column_scale is not None:
-            self._absorbed = quantized.column_scale.float()
-            self._set(UP, self._stored(absorb(self._unrounded_up, self._absorbed)))
-            if self._blocks is not None and (bias := self._student.module.mlp.up_proj.bias) is not None:
-                bias.mul_(self._absorbed.to(bias))
-            quantized = replace(quantized, column_scale=None)
-        if name == UP:
-            self._unrounded_up = quantized
-        self._set(name, self._stored(quantized))
+        self._told("weight_error", sizes)
+        self._told(f"weight_error/{short}", sizes)
+        if statistics is None or not statistics.tokens:
+            return
+        hessian, among = statistics.hessian, len(self._places) if name.endswith((GATE, UP, DOWN)) else 1
+        step = max(1, len(weight) * among // _OUTPUTS)
+        sizes = [float(((one @ hessian) * one).sum()) for one in (off[::step].to(hessian), weight[::step].to(hessian))]
+        self._told(f"output_error/{short}", [one * statistics.tokens for one in sizes])
+
+    def _told(self, key: str, sizes: Sequence[float]) -> None:
+        """Adds two squares to an entry of the record, which is their ratio."""
+        sums = self._sums[key] = [total + size for total, size in zip(self._sums.get(key, (0.0, 0.0)), sizes, strict=True)]
+        self.record[key] = sums[0] / sums[1] if sums[1] > 0 else 0.0
 
     def _set(self, name: str, quantized: Quantized) -> None:
         self.made[name] = quantized
@@ -203,19 +262,26 @@ class OneLayer:
 
     def _quantised(self, name: str, statistics: Statistics) -> Quantized:
         part, gptq_part = self._config.d2quant, self._config.gptq
-        down = name == DOWN and self._config.method == "d2quant" and part.dual_scale
+        weight, bits, group = self._weight(name), self._bits, self._config.group_size
+        down = name.endswith(DOWN) and self._config.method == "d2quant" and part.dual_scale
+        levels = part.levels if down else "uniform"
+        damp = gptq_part.damp
+        if experts.part_of(name):
+            if not statistics.tokens:
+                return rtn(weight, bits, group, levels, down, iterations=part.iterations)
+            damp += gptq_part.expert_damp * statistics.columns / statistics.tokens
         try:
             return gptq(
-                self._weight(name),
+                weight,
                 statistics,
-                self._bits,
-                self._config.group_size,
+                bits,
+                group,
                 block=gptq_part.block,
-                damp=gptq_part.damp,
+                damp=damp,
                 order=gptq_part.order,
                 alpha=gptq_part.alpha if self._asymmetric else 0.0,
                 down=down,
-                levels=part.levels if down else "uniform",
+                levels=levels,
                 iterations=part.iterations,
             )
         except ValueError as error:

@@ -20,7 +20,7 @@ from raysys.compression.blocks import Skeleton, check_halves
 from raysys.compression.calibration import TokenWindows
 from raysys.compression.corrections import Corrections
 from raysys.compression.one_layer import OneLayer
-from raysys.compression.shards import EMBEDDING, LINEARS
+from raysys.compression.shards import EMBEDDING, NORM
 from raysys.compression.streams import Stream
 from raysys.config.quantising import QuantizeConfig
 from raysys.errors import DataError
@@ -35,6 +35,8 @@ class Layers(Protocol):
     def folder(self) -> Path: ...
     @property
     def layers(self) -> int: ...
+    @property
+    def linears(self) -> tuple[str, ...]: ...
     def layer(self, i: int) -> dict[str, Tensor]: ...
     def tensor(self, name: str) -> Tensor: ...
 
@@ -91,6 +93,11 @@ class Pipeline:
         self.corrections = Corrections(folder)
         """DAC's biases, of the layers where no file has a place for them."""
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """What is quantised in a layer, by names relative to it."""
+        return self._checkpoint.linears
+
     # -- what is done
 
     def record(self, i: int) -> dict[str, Any] | None:
@@ -111,9 +118,11 @@ class Pipeline:
 
         Returns:
             `layer`, `bits`, `weight_error` of the layer and by linear, `output_error` by linear (on the calibration tokens; of a large one
-            by some of its outputs), `correction`
-            (root mean square of DAC's bias), and `error_before` and `error_after`: the distance of the quantised prefix from full
-            precision in front of the layer and behind it. Errors are squared and relative.
+            by some of its outputs), `correction` (root mean square of DAC's bias; `correction_final` of the norm before the head), and
+            `error_before` and `error_after`: the distance of the quantised prefix from full precision in front of the layer and behind it.
+            Errors are squared and relative. Of a mixture
+            also `experts`, how many of them had no token and were rounded to nearest (`experts_rounded`) or fewer tokens than inputs
+            (`experts_scarce`), and the fewest that one had (`expert_tokens_least`); its experts' errors are told together.
 
         Raises:
             DataError: a weight that is no finite number, or one number only.
@@ -130,10 +139,11 @@ class Pipeline:
                 work.student_attends(full, prefix)
             else:
                 work.quantise_attention(full, prefix)
-                work.quantise_mlp()
+                last = i == self._checkpoint.layers - 1
+                (work.quantise_last_mlp if last and self.config.corrects_final else work.quantise_mlp)()
             work.advance()
         record = work.record | {"layer": i, "bits": self.bits[i]}
-        self.corrections.write(i, work.kept)
+        self.corrections.write(i, work.kept, work.final)
         for sink in self._sinks:
             sink.write(i, work.made, work.others())
         write_json(self._records / f"{i:05d}.json", record)
@@ -156,6 +166,11 @@ class Pipeline:
         made = Skeleton(self._checkpoint.folder, self.windows.ids.shape[1], self._dtype, self.device)
         check_halves(made.block(0, self._checkpoint.layer(0)), made.config.hidden_size, self._dtype, self.device)
         return made
+
+    @cached_property
+    def final_norm(self) -> Tensor:
+        """Gain of the norm before the head, [D]."""
+        return self._checkpoint.tensor(NORM)
 
     @cached_property
     def streams(self) -> tuple[Stream, ...]:
@@ -187,7 +202,7 @@ class Pipeline:
 
     def _checked(self, i: int) -> dict[str, Tensor]:
         weights = self._checkpoint.layer(i)
-        for name in LINEARS:
+        for name in self.linears:
             weight = weights[f"{name}.weight"]
             low, high = torch.aminmax(weight)
             if not bool(torch.isfinite(low) & torch.isfinite(high)):

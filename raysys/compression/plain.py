@@ -37,7 +37,7 @@ class Plain:
     @cached_property
     def dtype(self) -> torch.dtype:
         """Of the weights: the source's."""
-        return self._source.layer(0)["mlp.down_proj.weight"].dtype
+        return self._source.layer(0)["self_attn.o_proj.weight"].dtype
 
     def have(self, i: int) -> bool:
         return self._path(i).is_file()

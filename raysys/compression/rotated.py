@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from raysys.compression.rotation import Rotation, check_family
-from raysys.compression.shards import EMBEDDING, HEAD, Checkpoint
+from raysys.compression.shards import EMBEDDING, HEAD, NORM, Checkpoint
 from raysys.errors import ConfigError
 from raysys.methods.tensors import compute_dtype
 
-NORM = "model.norm.weight"
 SIZE = 128
 """Of a block, or the largest power of two below that divides the width."""
 
@@ -42,6 +42,10 @@ class Rotated:
     def layers(self) -> int:
         return self._checkpoint.layers
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return self._checkpoint.linears
+
     def layer(self, i: int) -> dict[str, Tensor]:
         """Raises ConfigError: a layer of another form."""
         wide = {name: tensor.to(compute_dtype(tensor)) for name, tensor in self._checkpoint.layer(i).items()}
@@ -52,6 +56,8 @@ class Rotated:
 
     def tensor(self, name: str) -> Tensor:
         found = self._checkpoint.tensor(name)
+        if name == NORM:  # its gain is in the head
+            return torch.ones_like(found)
         return self._rotation.stream(found) if name == EMBEDDING else found
 
     def rest(self) -> Iterator[tuple[str, Tensor]]:

@@ -4,7 +4,7 @@ Legend: D width, V vocabulary, a stream h [T, D], Q orthogonal [D, D]; weights a
 
     h' = h Q            Q block-diagonal: one random signed Hadamard matrix of `size`, the same in each block
     norm(h) = h / rms(h) * gain: the gain goes into the linears that read the norm, and rms(h') = rms(h)
-    reads the stream    W' = (W diag(gain)) Q            q, k, v, gate, up, unembedding
+    reads the stream    W' = (W diag(gain)) Q            q, k, v, gate, up, a mixture's router, unembedding
     writes it           W' = Q^T W,  b' = b Q            o, down; the embedding is E Q
 
 The embedding and the unembedding are no longer the same matrix, so tied ones have to be untied. Nothing inside of attention or the MLP is
@@ -23,9 +23,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from raysys.compression import experts
 from raysys.methods.tensors import compute_dtype
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", *experts.FAMILIES)
 """Values of `model_type` whose layers are of the form above."""
 READERS = {
     "self_attn.q_proj": "input_layernorm",
@@ -34,7 +35,8 @@ READERS = {
     "mlp.gate_proj": "post_attention_layernorm",
     "mlp.up_proj": "post_attention_layernorm",
 }
-"""Linears that read the stream, and the norm that they read it through."""
+"""Linears that read the stream, and the norm that they read it through; of a mixture each expert's."""
+ROUTER = {experts.ROUTER: "post_attention_layernorm"}
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 _INSIDE = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
 _ROWS = 8192
@@ -86,21 +88,25 @@ class Rotation:
         Raises:
             ValueError: a tensor that is missing, or that this form of layer does not have, such as the bias of a norm.
         """
-        needed = {f"{name}.weight" for name in (*READERS, *WRITERS, *READERS.values())}
+        roles = {name: experts.pooled(name) for name in (full.rpartition(".")[0] for full in tensors)}
+        readers = READERS | (ROUTER if any(name != role for name, role in roles.items()) else {})
+        needed = {f"{name}.weight" for name in (*readers, *WRITERS, *READERS.values())}
         known = needed | {f"{name}.bias" for name in (*READERS, *WRITERS)} | set(_INSIDE)
-        if needed - tensors.keys():
-            raise ValueError(f"a layer that is rotated must have {', '.join(sorted(needed - tensors.keys()))}")
-        if tensors.keys() - known:
-            raise ValueError(f"this form of layer cannot be rotated, it has {', '.join(sorted(tensors.keys() - known))}")
+        there = {f"{roles[name]}.{end}": full for full in tensors for name, _, end in [full.rpartition(".")]}
+        if needed - there.keys():
+            raise ValueError(f"a layer that is rotated must have {', '.join(sorted(needed - there.keys()))}")
+        if there.keys() - known:
+            raise ValueError(f"this form of layer cannot be rotated, it has {', '.join(sorted(there.keys() - known))}")
         out = dict(tensors)
-        for name, norm in READERS.items():
-            out[f"{name}.weight"] = self._read(tensors[f"{name}.weight"], tensors[f"{norm}.weight"])
+        for name, role in roles.items():
+            if role in readers:
+                out[f"{name}.weight"] = self._read(tensors[f"{name}.weight"], tensors[f"{readers[role]}.weight"])
+            elif role in WRITERS:
+                out[f"{name}.weight"] = self.stream(tensors[f"{name}.weight"].T).T.contiguous()
+                if f"{name}.bias" in tensors:
+                    out[f"{name}.bias"] = self.stream(tensors[f"{name}.bias"])
         for norm in set(READERS.values()):
             out[f"{norm}.weight"] = torch.ones_like(tensors[f"{norm}.weight"])
-        for name in WRITERS:
-            out[f"{name}.weight"] = self.stream(tensors[f"{name}.weight"].T).T.contiguous()
-            if f"{name}.bias" in tensors:
-                out[f"{name}.bias"] = self.stream(tensors[f"{name}.bias"])
         return out
 
     def ends(self, embedding: Tensor, gain: Tensor, unembedding: Tensor) -> tuple[Tensor, Tensor, Tensor]:

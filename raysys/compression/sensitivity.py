@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from raysys.compression import experts
 from raysys.compression.shards import Checkpoint
 from raysys.errors import ConfigError
 from raysys.methods.d2quant import quantize
@@ -116,8 +117,7 @@ def layer_facts(
     weights = {name: layer.pop(f"{name}.weight") for name in source.linears}
     try:
         if "nsds" in criteria and basis is not None:
-            named = {name.rpartition(".")[2]: weight for name, weight in weights.items()}
-            found |= dict(zip(SERIES, layer_series(named, basis, *source.heads, energy, form).tolist(), strict=True))
+            found |= dict(zip(SERIES, layer_series(_named(weights), basis, *source.heads, energy, form).tolist(), strict=True))
         if "kurtosis" in criteria:
             found["kurtosis"] = sum(excess_kurtosis(weight) + 3 for weight in weights.values()) / len(weights)
         if "mse" in criteria:
@@ -166,6 +166,14 @@ def bits(scores: Sequence[float], sizes: Sequence[int], budget: float, low: int 
         return allocate(scores, sizes, budget, low, high)
     except ValueError as error:
         raise ConfigError(f"{error}", "choose low < high and a budget between them") from None
+
+
+def _named(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's linears as `methods.nsds` takes them, experts as stacks [E, out, in]."""
+    found: dict[str, list[Tensor]] = {}
+    for name, weight in weights.items():
+        found.setdefault(experts.pooled(name).rpartition(".")[2], []).append(weight)
+    return {name: torch.stack(parts) if len(parts) > 1 else parts[0] for name, parts in found.items()}
 
 
 def _nsds(facts: Sequence[Mapping[str, float]]) -> Sensitivity:

@@ -14,13 +14,12 @@ from typing import Any, cast
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from raysys.compression import experts
 from raysys.errors import ConfigError
 
-LINEARS = (
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-)
-"""What is quantised in a layer, in the order in which it computes."""
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+LINEARS = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+"""What is quantised in a dense layer, in the order in which it computes."""
 FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
@@ -30,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ABOUT = "compression.json"
 """What an export is of: source, bits, group, and what the caller says about it."""
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -71,8 +70,8 @@ class Checkpoint:
 
         Raises:
             ConfigError: no such folder, no config.json; a model that is quantised already, whose weights are pickled, whose layers are
-                not those of `LINEARS` (the family is named) or have shapes that the config does not explain; a shard that is missing,
-                cut short or damaged, or lacks a tensor of the index (the file is named).
+                not those of `LINEARS` or a mixture of such MLPs (the family is named) or have shapes that the config does not explain; a
+                shard that is missing, cut short or damaged, or lacks a tensor of the index (the file is named).
         """
         folder = Path(folder).absolute()
         config = _json(folder / "config.json", "give a folder with a Hugging Face checkpoint as model")
@@ -87,9 +86,14 @@ class Checkpoint:
         return found
 
     @property
+    def experts(self) -> int:
+        """Of each layer; 0 of a dense model."""
+        return experts.count(self.config)
+
+    @property
     def linears(self) -> tuple[str, ...]:
-        """Names of the quantised linears, relative to a layer, as `layer` gives them."""
-        return LINEARS
+        """Names of the quantised linears, relative to a layer, as `layer` gives them; of a mixture all experts' in turn."""
+        return (*ATTENTION, *experts.linears(self.experts)) if self.experts else LINEARS
 
     @property
     def fused(self) -> dict[str, tuple[str, ...]]:
@@ -110,9 +114,9 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """[out, in] of each of `linears`; all layers have the same."""
         queries, shared, size = self.heads
-        width, inner = int(self.config["hidden_size"]), int(self.config["intermediate_size"])
+        width, inner = int(self.config["hidden_size"]), self._inner
         found = [(queries * size, width), (shared * size, width), (shared * size, width), (width, queries * size)]
-        return dict(zip(LINEARS, [*found, (inner, width), (inner, width), (width, inner)], strict=True))
+        return dict(zip(self.linears, [*found, *[(inner, width), (inner, width), (width, inner)] * (self.experts or 1)], strict=True))
 
     @property
     def tied(self) -> bool:
@@ -120,12 +124,12 @@ class Checkpoint:
         return HEAD not in self.tensors or bool(self.config.get("tie_word_embeddings", False))
 
     def layer(self, i: int, weights: bool = True) -> dict[str, Tensor]:
-        """Tensors of layer i by name relative to it, fused ones in their parts. Opens only the files that hold them.
+        """Tensors of layer i by name relative to it, fused ones in their parts, stacked experts apart. Opens only the files that hold them.
 
         Args:
             weights: false leaves out what is quantised, without reading it.
         """
-        left = set() if weights else {f"{name}.weight" for name in (*LINEARS, *FUSED)}
+        left = set() if weights else {f"{name}.weight" for name in (*self.linears, *FUSED)} | {experts.GATE_UP, experts.DOWN}
         found = dict(self._read({name: where for name, where in self.layer_names(i).items() if name not in left}))
         sizes = {name: shape[0] for name, shape in self.shapes.items()}
         for whole, parts in self.fused.items():
@@ -133,7 +137,7 @@ class Checkpoint:
                 if (tensor := found.pop(whole + end, None)) is not None:
                     pieces = tensor.split([sizes[part] for part in parts])
                     found |= {part + end: piece for part, piece in zip(parts, pieces, strict=True)}
-        return found
+        return experts.apart(found)
 
     def layer_names(self, i: int) -> dict[str, str]:
         """Stored names of layer i's tensors by name relative to it. Raises ValueError: there is no such layer."""
@@ -185,32 +189,47 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{self.folder} could not be read: {error}", "it has changed; copy the checkpoint again") from None
 
+    @property
+    def _inner(self) -> int:
+        return int(self.config["moe_intermediate_size" if self.experts else "intermediate_size"])
+
+    @property
+    def _stored(self) -> dict[str, tuple[int, ...]]:
+        """What the files hold of a layer's linears, by name relative to it."""
+        shapes, fused = self.shapes, self.fused
+        parts = {part for parts in fused.values() for part in parts}
+        found: dict[str, tuple[int, ...]] = {}
+        if f"model.layers.0.{experts.GATE_UP}" in self.tensors:
+            parts |= set(experts.linears(self.experts))
+            found |= experts.stacked_shapes(self.experts, int(self.config["hidden_size"]), self._inner)
+        found |= {f"{name}.weight": shape for name, shape in shapes.items() if name not in parts}
+        for whole, names in fused.items():
+            found[f"{whole}.weight"] = (sum(shapes[name][0] for name in names), shapes[names[0]][1])
+        return found
+
     def _check(self) -> None:
         family = _family(self.config)
-        if any("experts" in name for name in self.layer_names(0)):
-            raise ConfigError(f"{family} is a mixture of experts, which is not quantised yet", "give a dense model as model")
+        experts.check(self.config, self.layer_names(0))
         missing = [key for key in ("hidden_size", "intermediate_size", "num_attention_heads") if not isinstance(self.config.get(key), int)]
         if missing:
             raise ConfigError(f"{self.folder}: the config of a {family} has no {', '.join(missing)}", "give a Llama- or Qwen-like model")
-        whole = self.fused
+        stored = self._stored
         for i in range(self.layers):
             names, place = self.layer_names(i), f"model.layers.{i}."
-            stored = {name: shape for name, shape in self.shapes.items() if not any(name in parts for parts in whole.values())}
-            for name, parts in whole.items():
-                stored[name] = (sum(self.shapes[part][0] for part in parts), self.shapes[parts[0]][1])
-            lacking = [name for name in stored if f"{name}.weight" not in names]
+            lacking = [name.removesuffix(".weight") for name in stored if name not in names]
             if lacking:
+                told = ", ".join(lacking[:7]) + (f" and {len(lacking) - 7} more" if len(lacking) > 7 else "")
                 raise ConfigError(
-                    f"{self.folder}: layer {i} of a {family} has no {', '.join(lacking)}",
+                    f"{self.folder}: layer {i} of a {family} has no {told}",
                     "only families with q, k, v, o and gate, up, down projections can be quantised",
                 )
             for name, shape in stored.items():
-                tensor = self.tensors[f"{place}{name}.weight"]
+                tensor = self.tensors[place + name]
                 if tensor.kind not in _FLOATS:
-                    raise ConfigError(f"{place}{name}.weight is {tensor.kind}: quantised already", "give the checkpoint it was made from")
+                    raise ConfigError(f"{place}{name} is {tensor.kind}: quantised already", "give the checkpoint it was made from")
                 if tensor.shape != shape:
-                    raise ConfigError(f"{place}{name}.weight is {list(tensor.shape)}, the config of a {family} says {list(shape)}")
-        for name in (EMBEDDING, "model.norm.weight"):
+                    raise ConfigError(f"{place}{name} is {list(tensor.shape)}, the config of a {family} says {list(shape)}")
+        for name in (EMBEDDING, NORM):
             if name not in self.tensors:
                 raise ConfigError(f"{self.folder}: a {family} without {name}", "give a whole causal language model as model")
 

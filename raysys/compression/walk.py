@@ -14,11 +14,9 @@ from torch import Tensor
 
 from raysys.compression.blocks import Skeleton
 from raysys.compression.calibration import TokenWindows
-from raysys.compression.shards import EMBEDDING
+from raysys.compression.shards import EMBEDDING, NORM
 from raysys.compression.streams import Stream
 from raysys.evaluation.perplexity import Perplexity, window_nll
-
-NORM = "model.norm.weight"
 
 
 @torch.no_grad()
@@ -32,6 +30,7 @@ def walk(
     batch: int = 8,
     biases: Mapping[int, Tensor] | None = None,
     told: Callable[[int], None] | None = None,
+    final: Tensor | None = None,
 ) -> Perplexity:
     """Perplexity of the windows' tokens from each one's start on, and how many of them greedy decoding would write.
 
@@ -43,6 +42,7 @@ def walk(
         folder: where hidden states may lie meanwhile; emptied.
         biases: by layer, what is added to the norm after attention.
         told: called with each layer that is done.
+        final: what is added to the norm before the head.
     """
     shape = (*windows.ids.shape, int(skeleton.config.hidden_size))
     shutil.rmtree(folder, ignore_errors=True)
@@ -64,17 +64,19 @@ def walk(
         stream.drop(before=i + 1)
         if told is not None:
             told(i)
-    found = _ends(skeleton, windows, stream, layers, tensor(NORM), unembedding())
+    found = _ends(skeleton, windows, stream, layers, tensor(NORM), unembedding(), final)
     shutil.rmtree(folder, ignore_errors=True)
     return found
 
 
-def _ends(skeleton: Skeleton, windows: TokenWindows, stream: Stream, layers: int, norm: Tensor, head: Tensor) -> Perplexity:
+def _ends(
+    skeleton: Skeleton, windows: TokenWindows, stream: Stream, layers: int, norm: Tensor, head: Tensor, final: Tensor | None
+) -> Perplexity:
     head = head.to(skeleton.device, skeleton.dtype)
     states, found = stream.read(layers), Perplexity()
     for number in range(len(windows)):
         length = int(windows.lengths[number])
-        last = skeleton.norm(states[number : number + 1].to(skeleton.device), {"weight": norm})[0, :length]
+        last = skeleton.norm(states[number : number + 1].to(skeleton.device), {"weight": norm}, final)[0, :length]
         own = torch.from_numpy(windows.ids[number, :length]).long().to(skeleton.device)
         start, greedy = int(windows.starts[number]), True
         # Logits of a prompt are not needed, and those of a long window are many: only what is counted is made.

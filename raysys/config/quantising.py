@@ -43,6 +43,8 @@ class Gptq(Config):
 
     damp: PositiveFloat = 0.01
     """Added to the Hessian's diagonal, as a share of its mean."""
+    expert_damp: float = Field(default=0.5, ge=0)
+    """Of an expert added to `damp`, times its inputs over the tokens that reach it: few tokens say little of many inputs."""
     block: PositiveInt = 128
     """Columns whose errors are passed on at once. Identity: sums are rounded by it."""
     order: Literal["group", "none"] = "group"
@@ -63,6 +65,8 @@ class D2Quant(Config):
     correction: bool | None = None
     """DAC: a bias of the norm after attention, folded into gate and up. Null: where the family has a place for it (Llama's `mlp_bias`).
     true elsewhere keeps it beside the file for evaluation; the file alone is then worse than without, for its codes were fitted with it."""
+    final_norm: bool = False
+    """DAC of the norm before the head too. No family has a place for it, so it is kept beside the file for evaluation."""
     strength: float = Field(default=1.0, ge=0)
     clip: PositiveFloat = 10.0
 
@@ -127,6 +131,11 @@ class QuantizeConfig(Run):
         """Whether DAC runs for a family that has (`folds`) or has no place for its bias."""
         wanted = self.d2quant.correction
         return self.method == "d2quant" and (folds if wanted is None else wanted)
+
+    @property
+    def corrects_final(self) -> bool:
+        """Whether DAC runs for the norm before the head."""
+        return self.method == "d2quant" and self.d2quant.final_norm
 
     @property
     def widest(self) -> int:

@@ -15,7 +15,10 @@ P spans the unembedding's right singular space; spectra are cut at 99 % of their
 the product form of SE, MAD times 1.4826, a plain product in Soft-OR, head_dim as the config has it. Nothing is drawn at random.
 
 All of it computes in float64, on the device of the weights. Of a circuit, no [D, D] matrix is decomposed: QR of its factors leaves one of
-h x h. Of an MLP matrix only one side is needed: the Gram matrix of width D.
+h x h. Of an MLP matrix only one side is needed: the Gram matrix of width D, or that of F where it is smaller, as experts have it.
+
+The authors do not say what a mixture of E experts is. Here NV and SE of its up, gate and down are means over experts, which have equally
+many weights; the router is not scored.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ FORMS: tuple[Form, ...] = ("product", "ratio")
 COMPONENTS = ("up", "gate", "qk", "down", "ov")
 SERIES = tuple(f"{component}/{kind}" for kind in ("nv", "se") for component in COMPONENTS)
 """What `layer_series` returns, in its order."""
-NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", *_MLP)
 ENERGY = 0.99
 _LEAST = 2
 """Directions that are kept at least."""
@@ -173,7 +177,7 @@ def layer_series(
     """The ten raw numbers of one layer in the order of `SERIES`, float64; only they need all layers' weights, one after another.
 
     Args:
-        layer: the weights in `NAMES`.
+        layer: the weights in `NAMES`; of a mixture, gate_proj, up_proj and down_proj are stacks of its experts' [E, out, in].
         basis: of `unembedding_basis`, [D, r].
 
     Raises:
@@ -181,15 +185,21 @@ def layer_series(
     """
     _check_energy(energy)
     weights = _checked(layer, len(basis), n_heads, n_kv_heads, head_dim)
-    nv: dict[str, float] = {}
-    se: dict[str, float] = {}
+    stacks = {name: weight if weight.dim() == 3 else weight.unsqueeze(0) for name, weight in weights.items() if name in _MLP}
+    found = [_mlp(dict(zip(stacks, parts, strict=True)), basis, energy, form) for parts in zip(*stacks.values(), strict=True)]
+    means = {key: math.fsum(one[key] for one in found) / len(found) for key in found[0]}
+    means["qk/nv"], means["qk/se"], means["ov/nv"], means["ov/se"] = _circuits(weights, basis, n_heads, n_kv_heads, energy, form)
+    return torch.tensor([means[name] for name in SERIES], dtype=torch.float64)
+
+
+def _mlp(weights: Mapping[str, Tensor], basis: Tensor, energy: float, form: Form) -> dict[str, float]:
+    """NV and SE of one MLP by their names in `SERIES`."""
+    found: dict[str, float] = {}
     for name in ("up", "gate"):
-        nv[name], values, vectors = _one_side(f"{name}_proj", weights[f"{name}_proj"], 1, energy)
-        se[name] = structural_expressiveness(values, torch.log1p(_kurtosis(vectors).relu()), form)
-    nv["down"], values, vectors = _one_side("down_proj", weights["down_proj"], 0, energy)
-    se["down"] = structural_expressiveness(values, _written(basis, vectors), form)
-    nv["qk"], se["qk"], nv["ov"], se["ov"] = _circuits(weights, basis, n_heads, n_kv_heads, energy, form)
-    return torch.tensor([*(nv[name] for name in COMPONENTS), *(se[name] for name in COMPONENTS)], dtype=torch.float64)
+        found[f"{name}/nv"], values, vectors = _one_side(f"{name}_proj", weights[f"{name}_proj"], 1, energy)
+        found[f"{name}/se"] = structural_expressiveness(values, torch.log1p(_kurtosis(vectors).relu()), form)
+    found["down/nv"], values, vectors = _one_side("down_proj", weights["down_proj"], 0, energy)
+    return found | {"down/se": structural_expressiveness(values, _written(basis, vectors), form)}
 
 
 def allocate(scores: Tensor | Sequence[float], sizes: Tensor | Sequence[int], budget: float, low: int = 2, high: int = 4) -> list[int]:
@@ -228,15 +238,20 @@ def allocate(scores: Tensor | Sequence[float], sizes: Tensor | Sequence[int], bu
 def _one_side(name: str, matrix: Tensor, along: int, energy: float) -> tuple[float, Tensor, Tensor]:
     """Excess kurtosis of all entries of W [out, in], and leading values and vectors of W W^T (`along` 0) or W^T W (1).
 
-    Nothing of W's size exists in float64: blocks of rows, or of columns, are summed up.
+    Nothing of W's size exists in float64: blocks of rows, or of columns, are summed up. Where the other side is shorter it is decomposed,
+    and its vectors, which W carries over, are as many.
     """
-    numbers = _BLOCK // max(1, matrix.shape[along]) or 1
-    blocks = matrix.split(numbers, dim=1 - along)
+    short = along if matrix.shape[along] <= matrix.shape[1 - along] else 1 - along
+    numbers = _BLOCK // max(1, matrix.shape[short]) or 1
     gram = torch.zeros((), dtype=torch.float64)
-    for block in blocks:
+    for block in matrix.split(numbers, dim=1 - short):
         part = _finite(name, block)
-        gram = gram + (part @ part.T if along == 0 else part.T @ part)
-    return _entries_kurtosis(matrix), *_leading(gram, energy)
+        gram = gram + (part @ part.T if short == 0 else part.T @ part)
+    values, vectors = _leading(gram, energy)
+    if short != along:
+        carried = matrix.double() @ vectors if along == 0 else matrix.double().T @ vectors
+        vectors = carried / values.where(values > 0, 1.0)
+    return _entries_kurtosis(matrix), values, vectors
 
 
 def _circuits(
@@ -362,10 +377,12 @@ def _checked(layer: Mapping[str, Tensor], width: int, n_heads: int, n_kv_heads: 
     missing = [name for name in NAMES if name not in layer]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing; fused projections must be split first")
-    inner = layer["gate_proj"].shape[0] if layer["gate_proj"].dim() == 2 else 0
+    gate = layer["gate_proj"]
+    stack = tuple(gate.shape[:-2])
+    inner = gate.shape[-2] if gate.dim() in (2, 3) else 0
     query, shared = n_heads * head_dim, n_kv_heads * head_dim
     shapes = {"q_proj": (query, width), "k_proj": (shared, width), "v_proj": (shared, width), "o_proj": (width, query)}
-    shapes |= {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+    shapes |= {"gate_proj": (*stack, inner, width), "up_proj": (*stack, inner, width), "down_proj": (*stack, width, inner)}
     for name, shape in shapes.items():
         if tuple(layer[name].shape) != shape or 0 in shape:
             raise ValueError(f"{name} must be {list(shape)}, got {list(layer[name].shape)}")

@@ -84,6 +84,10 @@ class Shape:
     head_dim: int
     ffn: int
     """Width of the feed-forward part that one token passes through (experts: all that it is routed to)."""
+    experts: int = 0
+    """Of each layer; 0 of a dense model."""
+    expert_ffn: int = 0
+    """Width of one of them."""
 
     @property
     def kv_per_token(self) -> int:
@@ -174,4 +178,6 @@ def _measure(label: str, source: str, values: dict[str, Any]) -> Shape:
         kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
         ffn=routed * config.moe_intermediate_size if experts else config.intermediate_size,
+        experts=experts,
+        expert_ffn=config.moe_intermediate_size if experts else 0,
     )

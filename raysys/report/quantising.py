@@ -17,6 +17,10 @@ _LINES: tuple[tuple[str, tuple[tuple[str, str, int], ...]], ...] = (
         tuple((f"output_error/{name}", name, place) for place, name in enumerate(_LINEARS)),
     ),
     ("Correction of the norm after attention, root mean square", (("correction", "", 2),)),
+    (
+        "Experts with fewer calibration tokens than inputs",
+        (("experts_scarce", "all of them", 5), ("experts_rounded", "without any, rounded to nearest", 6)),
+    ),
 )
 
 

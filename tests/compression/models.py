@@ -60,6 +60,24 @@ def phi3(folder: Path) -> Path:
     return folder
 
 
+def qwen3_moe(folder: Path, layers: int = 2, experts: int = 4, chosen: int = 2, stacked: bool = False, width: int = 64) -> Path:
+    """Experts of half the width, as different from each other as trained ones. `stacked`: as transformers 5 holds them."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(3)
+    sizes = SIZES | {"hidden_size": width, "head_dim": width // 4, "num_hidden_layers": layers, "vocab_size": 64}
+    routing = {"num_experts": experts, "num_experts_per_tok": chosen, "moe_intermediate_size": width // 2, "norm_topk_prob": True}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **routing, tie_word_embeddings=False)).float()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.add_(0.2 * torch.randn_like(weight))
+            else:
+                weight.normal_(0, weight.shape[-1] ** -0.5)
+    model.save_pretrained(folder, save_original_format=not stacked)
+    return folder
+
+
 def rounded(source: Checkpoint, i: int, bits: int, group_size: int = GROUP) -> dict[str, Quantized]:
     layer = source.layer(i)
     return {name: quantize(layer[f"{name}.weight"].float(), bits, group_size) for name in source.linears}

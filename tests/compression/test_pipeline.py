@@ -22,10 +22,11 @@ from raysys.compression.packing import unpack
 from raysys.compression.pipeline import Pipeline
 from raysys.compression.plain import Plain
 from raysys.compression.rotated import Rotated
-from raysys.compression.shards import LINEARS, Checkpoint
+from raysys.compression.shards import LINEARS, NORM, Checkpoint
 from raysys.compression.walk import walk
 from raysys.config.quantising import QuantizeConfig
 from raysys.errors import ConfigError, DataError
+from raysys.evaluation.perplexity import window_nll
 
 SIZES: dict[str, Any] = {
     "vocab_size": 40,
@@ -197,6 +198,45 @@ def test_correction_takes_the_mean_shift_of_each_channel_away(tmp_path: Path) ->
     assert float(shift.abs().max()) > 1e-3 and torch.allclose(mu, shift, atol=1e-5) and float(left.abs().max()) < 1e-5
 
 
+def test_the_norm_before_the_head_is_corrected_beside_the_file(tmp_path: Path) -> None:
+    """d2quant.md, section 4: the teacher is the last block with its MLP in full precision, behind its quantised and corrected attention."""
+    model = model_in(tmp_path / "model")
+    plain_run = run(tmp_path / "without", model, config())
+    records = run(tmp_path / "run", model, config(d2quant={"iterations": 2, "correction": True, "final_norm": True}))
+    assert digests(tmp_path / "run" / "export") == digests(tmp_path / "without" / "export"), "no code depends on it"
+    assert records[-1].pop("correction_final") > 0 and records == plain_run
+    corrections = Corrections(tmp_path / "run")
+    final, plain = corrections.final(), write_plain(tmp_path / "run" / "export", tmp_path / "plain")
+    assert final is not None and Corrections(tmp_path / "without").final() is None
+    original, data = AutoModelForCausalLM.from_pretrained(model), windows()
+    ids, real = torch.from_numpy(data.ids).long(), torch.arange(12) < torch.from_numpy(data.lengths)[:, None]
+
+    def corrected() -> tuple[Any, list[Tensor]]:
+        """The written model with its biases, and what its last norm gives."""
+        loaded, seen = AutoModelForCausalLM.from_pretrained(plain), list[Tensor]()
+        for i, bias in corrections.read().items():
+            loaded.model.layers[i].post_attention_layernorm.register_forward_hook(lambda _, __, out, bias=bias: out + bias)
+        loaded.model.norm.register_forward_hook(lambda _, __, out: seen.append(out))
+        return loaded, seen
+
+    (teacher, wanted), (student, given) = corrected(), corrected()
+    teacher.model.layers[2].mlp.load_state_dict(original.model.layers[2].mlp.state_dict())
+    student.model.norm.register_forward_hook(lambda _, __, out: out + final)
+    with torch.no_grad():
+        teacher(ids, use_cache=False)
+        logits = student(ids, use_cache=False).logits
+    shift = (wanted[0] - given[0])[real].mean(dim=0)
+    assert float(shift.abs().max()) > 1e-3 and torch.allclose(final, shift, atol=1e-5)
+    quantised = Checkpoint.open(plain)
+    found = walk(
+        *(Skeleton(plain, 12), data, quantised.layer, quantised.tensor, quantised.unembedding, tmp_path / "states"),
+        biases=corrections.read(),
+        final=final,
+    )
+    nll = [float(window_nll(rows[:length], own[:length])[0]) for rows, own, length in zip(logits, ids, data.lengths.tolist(), strict=True)]
+    assert found.mean == pytest.approx(sum(nll) / (int(data.lengths.sum()) - len(nll)), rel=1e-5)
+
+
 def test_killed_in_the_middle_of_a_layer_it_goes_on_there_and_no_bit_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_in(tmp_path / "model")
     calm, killed = tmp_path / "calm", tmp_path / "killed"
@@ -261,6 +301,7 @@ def test_a_rotated_model_is_written_untied_and_computes_the_same(tmp_path: Path)
     model = model_in(tmp_path / "model", tie_word_embeddings=True)
     checkpoint = Checkpoint.open(model)
     rotated = Rotated(checkpoint, seed=0)
+    assert bool((rotated.tensor(NORM) == 1).all()) and torch.equal(rotated.tensor(NORM), dict(rotated.rest())[NORM])
     sink = Export(tmp_path / "export", checkpoint, [8, 8, 8], 32)
     settings = config("gptq", rotation=True)
     line = Pipeline(settings, rotated, [8, 8, 8], windows(), tmp_path, [sink], stored=sink.dtype, rest=rotated.rest)
@@ -315,7 +356,7 @@ def test_what_cannot_be_quantised_is_named(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(model)
 
     class Spoilt:
-        folder, layers = checkpoint.folder, 3
+        folder, layers, linears = checkpoint.folder, 3, LINEARS
         value = float("nan")
 
         def layer(self, i: int) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from raysys.compression.export import Export
 from raysys.compression.packed import write_plain
 from raysys.compression.shards import Checkpoint
-from tests.compression.models import logits_of, qwen3, rounded
+from tests.compression.models import logits_of, qwen3, qwen3_moe, rounded
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -46,8 +47,8 @@ def served(folder: Path, device: str) -> list[list[float]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(tmp_path: Path, bits: list[int], device: str) -> None:
-    source = Checkpoint.open(qwen3(tmp_path / "source", layers=len(bits), width=256))
+def check(tmp_path: Path, bits: list[int], device: str, family: Callable[..., Path] = qwen3) -> None:
+    source = Checkpoint.open(family(tmp_path / "source", layers=len(bits), width=256))
     export = Export(tmp_path / "out", source, bits, 128, "bfloat16")
     for i, width in enumerate(bits):
         export.write(i, rounded(source, i, width, 128))
@@ -72,3 +73,11 @@ def test_e7_vllm_serves_four_bits_on_a_cpu(tmp_path: Path) -> None:
 def test_e7_vllm_serves_all_widths_on_a_gpu(tmp_path: Path, bits: list[int]) -> None:
     """E10 too: scales of both signs."""
     check(tmp_path, bits, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("bits", [[4, 4], [2, 4]])
+def test_e7_vllm_serves_packed_experts_on_a_gpu(tmp_path: Path, bits: list[int]) -> None:
+    """Its CPU kernel for packed experts needs AMX."""
+    check(tmp_path, bits, "cuda", qwen3_moe)

@@ -106,17 +106,6 @@ def test_a_family_without_gated_mlp_is_named(copy: Path) -> None:
         Checkpoint.open(changed(copy, model_type="opt"))
 
 
-def test_experts_are_refused_by_name(copy: Path) -> None:
-    path = copy / INDEX
-    index = json.loads(path.read_text())
-    file = index["weight_map"]["model.layers.0.mlp.up_proj.weight"]
-    save_file(load_file(copy / file) | {"model.layers.0.mlp.experts.0.up_proj.weight": torch.zeros(2, 2)}, copy / file)
-    index["weight_map"]["model.layers.0.mlp.experts.0.up_proj.weight"] = file
-    path.write_text(json.dumps(index))
-    with pytest.raises(ConfigError, match="qwen3_moe is a mixture of experts"):
-        Checkpoint.open(changed(copy, model_type="qwen3_moe"))
-
-
 def test_shards_missing_or_cut_short_are_named(copy: Path) -> None:
     file = copy / Checkpoint.open(copy).tensors["model.layers.1.mlp.down_proj.weight"].file
     whole = file.read_bytes()

@@ -242,6 +242,25 @@ def test_t13_shared_heads_written_out_give_the_same() -> None:
     torch.testing.assert_close(scores(written, n_kv_heads=HEADS), scores(layers), rtol=1e-9, atol=1e-11)
 
 
+def test_mlps_narrower_than_the_model_and_stacks_of_them() -> None:
+    """Experts: the shorter side is decomposed, and a mixture's series are means over them."""
+    unembedding = normal(99, VOCABULARY, WIDTH)
+    basis, narrow = unembedding_basis(unembedding), 10
+    shapes = {"gate_proj": (narrow, WIDTH), "up_proj": (narrow, WIDTH), "down_proj": (WIDTH, narrow)}
+    experts = [layer() | {name: normal(100 * e + n, *shape) for n, (name, shape) in enumerate(shapes.items())} for e in range(3)]
+    apart = [layer_series(one, basis, HEADS, SHARED, HEAD) for one in experts]
+    for one, found in zip(experts, apart, strict=True):
+        want = dense(one, unembedding)
+        torch.testing.assert_close(found, torch.tensor([want[name] for name in SERIES], dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    stacks = layer() | {name: torch.stack([one[name] for one in experts]) for name in shapes}
+    found = layer_series(stacks, basis, HEADS, SHARED, HEAD)
+    torch.testing.assert_close(found, torch.stack(apart).mean(dim=0), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"down_proj must be \[3, 24, 10\], got \[24, 10\]"):
+        layer_series(stacks | {"down_proj": experts[0]["down_proj"]}, basis, HEADS, SHARED, HEAD)
+    flat = layer() | {"up_proj": normal(7, narrow, 1) @ normal(8, 1, WIDTH), **{n: experts[0][n] for n in ("gate_proj", "down_proj")}}
+    assert bool(layer_series(flat, basis, HEADS, SHARED, HEAD, energy=1.0).isfinite().all()), "a matrix of rank one"
+
+
 def test_weights_of_low_precision_and_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = [{name: weight.bfloat16() for name, weight in one.items()} for one in model(3)]
     want = scores([{name: weight.double() for name, weight in one.items()} for one in layers])
