@@ -198,33 +198,6 @@ class Ragged:
         return out, mask
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """A bounded run of weights on its way from a trainer to the engines, as one flat buffer.
-
-    `names` are Hugging Face parameter names; tensor i lies at `data[offsets[i]:]` with `shapes[i]` and torch dtype
-    name `dtypes[i]` ("float32", "bfloat16"). `digests[i]` hashes its bytes as they left the trainer.
-    """
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[str, ...]
-    offsets: tuple[int, ...]
-    digests: tuple[str, ...]
-    data: np.ndarray
-
-
-UNDER_WAY = 2
-"""Buckets of a push that exist at the same time: one is read while the next is packed."""
-
-
-@dataclass(frozen=True)
-class Placed(Bucket):
-    """A bucket whose bytes stay in a file of its node's shared memory (`raysys.memory`) until the next but one is packed; no `data`."""
-
-    path: str
-
-
 def _array(name: str, values: Any) -> pa.Array:
     kind = SCHEMA.get(name)
     if kind is None:

@@ -50,6 +50,17 @@ class WeightSyncError(InfrastructureError):
     """Weights did not arrive as they left, or the engine does not compute with them."""
 
 
+class BucketError(WeightSyncError):
+    """A bucket's bytes are not those that left. `arrived` are its tensors' digests, by which the trainer can tell which is wrong."""
+
+    def __init__(self, where: str, index: int, arrived: list[str]):
+        super().__init__(f"{where} arrived with other bytes than left", "a whole push makes the engine usable again")
+        self.where, self.index, self.arrived = where, index, arrived
+
+    def __reduce__(self):
+        return (type(self), (self.where, self.index, self.arrived))
+
+
 class SearchError(InfrastructureError):
     """The search service gave no usable answer, however often it was asked. The query is not to blame."""
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "raysys"
 
 ROOMS = {"data", "rollout", "scoring", "training", "weights"}
-LOW = {"methods", "models", "config", "batch", "runtime", "errors", "files", "memory", "processes", "tasks"}
+LOW = {"methods", "models", "config", "batch", "buckets", "runtime", "errors", "files", "memory", "processes", "tasks"}
 FREE = {
     *("loop", "wiring", "assembly", "studies", "compression", "cli", "plan", "doctor", "submit", "stages", "pipeline", "job", "jobs"),
     *("watching", "supervise", "supervised", "compare", "colocate", "checks", "generation", "search_agent", "agent_watch"),
@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": set(),
     "config": {"errors"},
     "batch": {"errors"},
+    "buckets": set(),
     "runtime": {"errors"},
     "head": {"errors"},
     "tasks": {"errors"},

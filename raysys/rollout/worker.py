@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from raysys import memory
-from raysys.batch import Bucket
+from raysys.buckets import Bucket, Plan
 from raysys.errors import DataError, InfrastructureError, RaysysError, WeightSyncError
 from raysys.processes import imports
 from raysys.rollout.engine import chatter_to, children, end, engine_arguments, revision, stop_ids, tie_core
 from raysys.rollout.episodes import Episode, TokenizerCodec
 from raysys.rollout.serving import Asked, Response, Seat, Serving
-from raysys.rollout.spec import Manifest, RolloutSpec, Sampling
+from raysys.rollout.spec import RolloutSpec, Sampling
 
 _UNFINISHED = "an update was begun and not finished"
 
@@ -177,35 +177,35 @@ class RolloutWorker(Serving):
         with self._ours("could not join the trainer's group", WeightSyncError):
             await receiver.join(self._engine, address, port, first_rank, world_size)
 
-    async def begin_update(self, manifest: Manifest) -> None:
+    async def begin_update(self, plan: Plan) -> None:
         """Opens an update. Samples in progress are frozen and go on when it is closed, with the new weights.
 
         Raises WeightSyncError for a name, shape or dtype that the model does not have; nothing is touched then.
         """
         assert self._receiver is not None
         with self._ours("could not begin an update", WeightSyncError):
-            await self._receiver.check(self._engine, manifest)
+            await self._receiver.check(self._engine, plan)
             self._quarantined = _UNFINISHED
             self._gate.clear()
             if self._inside and not self._paused:
                 self._paused = True
                 await self._engine.pause_generation(mode="keep", clear_cache=self._spec.config.kv_cache == "recompute")
-            await self._receiver.begin(self._engine, manifest)
+            await self._receiver.begin(self._engine, plan)
 
     async def update(self, bucket: Bucket) -> None:
-        """Takes one bucket. Raises WeightSyncError naming the first tensor whose bytes are not those that left."""
+        """Takes one bucket. Raises BucketError with the digests of its tensors, if its bytes are not those that left."""
         assert self._receiver is not None
         if self._quarantined != _UNFINISHED:
             raise WeightSyncError(f"rollout worker {self._rank} is in no update: {self._quarantined or 'none was begun'}")
         try:
-            with self._ours(f"could not load the bucket from {bucket.names[0]} on", WeightSyncError):
+            with self._ours(f"could not load {self._receiver.where(bucket)}", WeightSyncError):
                 await self._receiver.update(self._engine, bucket)
         except RaysysError as error:
             self._quarantined = error.message
             raise
 
-    async def finish_update(self, version: int) -> dict[str, str]:
-        """Closes the update; the weights are `version` now. Returns the digest of each tensor as it arrived."""
+    async def finish_update(self, version: int) -> list[str]:
+        """Closes the update; the weights are `version` now. Returns the digest of each bucket as it arrived."""
         assert self._receiver is not None
         with self._ours("could not finish an update", WeightSyncError):
             digests = await self._receiver.finish(self._engine, version)

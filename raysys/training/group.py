@@ -13,6 +13,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raysys.batch import Batch, Ragged
+from raysys.buckets import Plan
 from raysys.config.parts import Deadlines, Trainer
 from raysys.errors import ConfigError, DataError, DeadlineError, InfrastructureError, RaysysError
 from raysys.runtime import compute_environment, died, get, reserve
@@ -172,12 +173,10 @@ class TrainerGroup:
 
     # -- weights
 
-    def bucket_plan(self, max_bytes: int) -> tuple[dict[str, tuple[tuple[int, ...], str]], int]:
-        """What the model's weights are and how many buckets they travel in.
+    def bucket_plan(self, max_bytes: int) -> Plan:
+        """What the model's weights are, and what lies where in buckets of at most `max_bytes` (a larger tensor gets one of its own).
 
-        Returns:
-            `{Hugging Face name: (shape, torch dtype name)}` in the order of travel, and the number of buckets of at most
-            `max_bytes` (a larger tensor gets one of its own). Tied tensors appear under each of their names.
+        Tied tensors appear under each of their names.
         """
         plans = self._all("bucket_plan", [(max_bytes,)] * self.config.ranks, self._deadlines.push, "plan a weight push", "deadlines.push")
         return plans[0]
@@ -189,7 +188,7 @@ class TrainerGroup:
         )
 
     def gather_bucket(self, index: int, in_place: bool = False) -> Any:
-        """Object ref of bucket `index` (`raysys.batch.Bucket`) of the last plan; its bytes do not come to the driver.
+        """Object ref of bucket `index` (`raysys.buckets.Packed`) of the last plan; its bytes do not come to the driver.
 
         With several ranks it is complete on return, and what went wrong is raised here. With `in_place` it only says where its bytes
         are in rank 0's shared memory, and they stay there until `UNDER_WAY` more are gathered.
@@ -200,9 +199,10 @@ class TrainerGroup:
             self._wait([done for _, done in refs], self._deadlines.push, f"gather bucket {index}", "deadlines.push")
         return refs[0][0]
 
-    def bucket_header(self, index: int) -> Any:
-        """Object ref of bucket `index` without its bytes."""
-        return self.workers[0].bucket_header.remote(index)
+    def tensor_digests(self, index: int) -> list[str]:
+        """Digest of each tensor of bucket `index` as the trainer has it: what tells which of them arrived otherwise."""
+        arguments = [(index,)] * self.config.ranks
+        return self._all("tensor_digests", arguments, self._deadlines.push, f"hash bucket {index}", "deadlines.push")[0]
 
     def meeting_point(self) -> tuple[str, int]:
         """Address of rank 0's node and a port free on it."""
@@ -219,15 +219,15 @@ class TrainerGroup:
         return self.workers[0].open_sender.remote(sender, address, port, world_size)
 
     def send_bucket(self, index: int) -> list[Any]:
-        """Object refs, one a rank, ready when bucket `index` has left; rank 0's holds `{name: digest as it left}`."""
+        """Object refs, one a rank, ready when bucket `index` has left; rank 0's holds the digest of what left."""
         return [worker.send_bucket.remote(index) for worker in self.workers]
 
     def offer_bucket(self, index: int, sender: Any, readers: Collection[int]) -> list[Any]:
         """Object refs, one a rank, of bucket `index` packed on the rank's GPU for another process there to read.
 
         Args:
-            sender: makes each rank's sender, once; see `raysys.training.weights.BucketPlan.offer`.
-            readers: ranks whose offer will be read. The others help to gather; rank 0 gives the digests all the same.
+            sender: makes each rank's sender, once; see `raysys.training.weights.Packer.offer`.
+            readers: ranks whose offer will be read. The others help to gather; rank 0 gives the digest all the same.
         """
         return [worker.offer_bucket.remote(index, sender, rank in readers) for rank, worker in enumerate(self.workers)]
 

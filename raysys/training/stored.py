@@ -14,11 +14,9 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raysys import memory
-from raysys.batch import Bucket
+from raysys.buckets import Packed, Placed, Plan
 from raysys.config.parts import Deadlines
 from raysys.runtime import compute_environment, get, reserve
-
-Manifest = dict[str, tuple[tuple[int, ...], str]]
 
 
 class StoredModels:
@@ -50,7 +48,7 @@ class StoredModels:
         """The model that everything is of from now on: a folder or an id. Raises ConfigError when nothing loadable is there."""
         self._ask("read", model, seconds=self._deadlines.start, knob="deadlines.start")
 
-    def bucket_plan(self, max_bytes: int) -> tuple[Manifest, int]:
+    def bucket_plan(self, max_bytes: int) -> Plan:
         return self._ask("bucket_plan", max_bytes)
 
     def memory(self) -> str:
@@ -58,6 +56,9 @@ class StoredModels:
 
     def gather_bucket(self, index: int, in_place: bool = False) -> Any:
         return self._worker.gather_bucket.remote(index, in_place)
+
+    def tensor_digests(self, index: int) -> list[str]:
+        return self._ask("tensor_digests", index)
 
     def probe_logprobs(self, ids: Sequence[int]) -> np.ndarray:
         return self._ask("probe_logprobs", list(ids))
@@ -83,24 +84,27 @@ class StoredWorker:
     def __init__(self, dtype: str):
         self._dtype = dtype
         self._model: Any = None
-        self._plan: Any = None
+        self._packer: Any = None
 
     def read(self, model: str) -> None:
         from raysys.models.causal import load_causal
 
         self.withdraw()
-        self._plan = self._model = None  # before the next one takes its place in memory
+        self._packer = self._model = None  # before the next one takes its place in memory
         self._model = load_causal(model, self._dtype)
 
-    def bucket_plan(self, max_bytes: int) -> tuple[Manifest, int]:
-        from raysys.training.weights import BucketPlan, Whole
+    def bucket_plan(self, max_bytes: int) -> Plan:
+        from raysys.training.weights import Packer, Whole
 
         self.withdraw()
-        self._plan = BucketPlan(Whole(self._model), max_bytes)
-        return self._plan.manifest, len(self._plan.buckets)
+        self._packer = Packer(Whole(self._model), max_bytes)
+        return self._packer.plan
 
-    def gather_bucket(self, index: int, in_place: bool = False) -> Bucket:
-        return self._plan.gather(index, in_place)
+    def gather_bucket(self, index: int, in_place: bool = False) -> Packed | Placed:
+        return self._packer.gather(index, in_place)
+
+    def tensor_digests(self, index: int) -> list[str]:
+        return self._packer.digests(index)
 
     def memory(self) -> str:
         return memory.whose()
@@ -117,5 +121,5 @@ class StoredWorker:
 
     def withdraw(self) -> None:
         """Removes what was placed in shared memory."""
-        if self._plan is not None:
-            self._plan.close()
+        if self._packer is not None:
+            self._packer.close()

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from blake3 import blake3
 from torch import Tensor
 
-from raysys.batch import UNDER_WAY, Bucket, Placed
+from raysys.buckets import UNDER_WAY, Bucket, Layout, Packed, Placed, Plan, aligned, digest
 from raysys.memory import Slots
 
-ALIGNMENT = 64
 
-
-class BucketPlan:
-    """Which tensor travels in which bucket.
+class Packer:
+    """Packs tensors in buckets as its `plan` says.
 
     Tied tensors travel once a name: an engine may keep a copy of its own under each (vLLM on CPU does).
 
@@ -30,98 +27,94 @@ class BucketPlan:
 
     def __init__(self, engine: Any, max_bytes: int):
         self._engine = engine
-        self._tensors: dict[str, Tensor] = engine.module.state_dict(keep_vars=True)
-        self.manifest = {name: (shape_of(tensor), dtype_name(tensor)) for name, tensor in self._tensors.items()}
-        sizes = {name: nbytes(tensor) for name, tensor in self._tensors.items()}
-        self.buckets = bucketed(sizes, max_bytes)
-        self._sizes = [[sizes[name] for name in names] for names in self.buckets]
-        self._headers = [self._header(index) for index in range(len(self.buckets))]
-        self._slots = Slots(min(UNDER_WAY, len(self.buckets)))
-        self._cuts: dict[int, tuple[str, Cut]] = {}
+        tensors: dict[str, Tensor] = engine.module.state_dict(keep_vars=True)
+        entries = {name: (shape_of(tensor), dtype_name(tensor), nbytes(tensor)) for name, tensor in tensors.items()}
+        cut = bucketed({name: size for name, (_, _, size) in entries.items()}, max_bytes)
+        self._layouts = [Layout.of({name: entries[name] for name in names}) for names in cut]
+        self._tensors = [[tensors[name] for name in names] for names in cut]
+        self._gaps = [layout.gaps() for layout in self._layouts]
+        self.plan = Plan.of(self._layouts)
+        self._slots = Slots(min(UNDER_WAY, len(self._layouts)))
+        self._memory = np.zeros(0, np.uint8)
+        self._rooms: dict[int, tuple[str, list[Tensor]]] = {}
+        """Where each bucket was packed last, in a file or here (""), cut in tensors: to cut takes longer than to fill."""
 
-    def gather(self, index: int, in_place: bool = False) -> Bucket | None:
+    def gather(self, index: int, in_place: bool = False) -> Packed | Placed | None:
         """Bucket `index` on rank 0, None elsewhere. Collective under ZeRO-3, local otherwise.
 
-        With `in_place` its bytes stay in this node's shared memory until `UNDER_WAY` more buckets are gathered, and only their place is
-        given (`raysys.batch.Placed`).
+        Its bytes stay until the next is gathered: whoever keeps it, copies. With `in_place` they stay in this node's shared memory until
+        `UNDER_WAY` more are, and only their place is given (`raysys.buckets.Placed`).
         """
-        names = self.buckets[index]
-        first = _first_rank()
-        with gathered(self._engine, [self._tensors[name] for name in names]):
-            return None if not first else self._placed(index) if in_place else self._packed(index)
+        with self._gathered(index):
+            return self._packed(index, in_place) if _first_rank() else None
+
+    def digests(self, index: int) -> list[str]:
+        """Digest of each tensor of bucket `index` on rank 0, nothing elsewhere. Collective under ZeRO-3."""
+        bucket = self.gather(index)
+        return self._layouts[index].digests(bucket.data) if isinstance(bucket, Packed) else []
 
     def close(self) -> None:
         """Removes what `gather` placed; whoever reads it has done so."""
-        self._cuts = {}
+        self._rooms, self._memory = {}, np.zeros(0, np.uint8)
         self._slots.close()
 
-    def header(self, index: int) -> Bucket:
-        """Bucket `index` without its bytes and their digests: what receivers of a broadcast are told first."""
-        return self._headers[index]
-
-    def send(self, index: int, sender: Any) -> dict[str, str]:
-        """Hands bucket `index` to rank 0's `sender.send` on the device. Gives digests of what left, on rank 0. Collective."""
-        names = self.buckets[index]
-        with gathered(self._engine, [self._tensors[name] for name in names]):
+    def send(self, index: int, sender: Any) -> str:
+        """Hands bucket `index` to rank 0's `sender.send` on the device. Gives the digest of what left, on rank 0. Collective."""
+        with self._gathered(index):
             if sender is None:
-                return {}
-            tensors = [(name, self._tensors[name].detach().contiguous()) for name in names]
-            sender.send(tensors)
-            return {name: blake3(tensor.cpu().flatten().view(torch.uint8).numpy().data).hexdigest() for name, tensor in tensors}
+                return ""
+            packed = self._on_device(index)
+        layout = self._layouts[index]
+        sender.send(zip(layout.names, layout.tensors(packed), strict=True))
+        return digest(packed.cpu().numpy())
 
     def offer(self, index: int, sender: Any) -> Bucket | None:
-        """Bucket `index` packed on this rank's device, as `sender.offer` gives it; with digests on rank 0. Collective under ZeRO-3.
+        """Bucket `index` packed on this rank's device, as `sender.offer` gives it; with its digest on rank 0. Collective under ZeRO-3.
 
         Without a sender nothing is offered, and rank 0 alone says what would have been.
         """
-        names = self.buckets[index]
         first = _first_rank()
-        with gathered(self._engine, [self._tensors[name] for name in names]):
+        with self._gathered(index):
             if sender is None and not first:
                 return None
-            packed = torch.empty(self._length(index), dtype=torch.uint8, device=self._tensors[names[0]].device)
-            pieces = self._fill(index, self._cut(index, packed))
-            if packed.is_cuda:
-                torch.cuda.synchronize()  # what was gathered goes, and readers in other processes know no stream of this one
-        digests = digests_of(pieces) if first else self._headers[index].digests
-        bucket = replace(self._headers[index], digests=digests)
+            packed = self._on_device(index)
+        bucket = Bucket(self.plan.mark, index, digest(packed.cpu().numpy()) if first else "")
         return bucket if sender is None else sender.offer(bucket, packed)
 
-    def _packed(self, index: int) -> Bucket:
-        data = np.zeros(self._length(index), np.uint8)
-        pieces = self._fill(index, self._cut(index, torch.from_numpy(data)))
-        return replace(self._headers[index], digests=digests_of(pieces), data=data)
+    def _packed(self, index: int, in_place: bool) -> Packed | Placed:
+        layout = self._layouts[index]
+        path, room = self._room(index, in_place)
+        data = room[: layout.nbytes]
+        if index not in self._rooms or self._rooms[index][0] != path:
+            self._rooms[index] = (path, layout.tensors(torch.from_numpy(data)))
+        self._fill(index, self._rooms[index][1])
+        data[self._gaps[index]] = 0  # another bucket's bytes may be there
+        mark = digest(data)
+        return Placed(self.plan.mark, index, mark, path) if in_place else Packed(self.plan.mark, index, mark, data)
 
-    def _placed(self, index: int) -> Placed:
-        path, room = self._slots.room(index, max(map(self._length, range(len(self.buckets)))))
-        if self._cuts.get(index, ("",))[0] != path:
-            self._cuts[index] = (path, self._cut(index, torch.from_numpy(room)))
-        pieces = self._fill(index, self._cuts[index][1])
-        return Placed(**vars(replace(self._headers[index], digests=digests_of(pieces))), path=path)
+    def _room(self, index: int, in_place: bool) -> tuple[str, np.ndarray]:
+        size = max(layout.nbytes for layout in self._layouts)
+        if in_place:
+            return self._slots.room(index, size)
+        if not len(self._memory):
+            self._memory = np.empty(size, np.uint8)
+        return "", self._memory
 
-    def _cut(self, index: int, room: Tensor) -> Cut:
-        """Where in a buffer each tensor of a bucket goes."""
-        bucket = self._headers[index]
-        raw = [room[start : start + size] for start, size in zip(bucket.offsets, self._sizes[index], strict=True)]
-        kinds = zip(raw, bucket.dtypes, bucket.shapes, strict=True)
-        tensors = [one.view(getattr(torch, dtype)).view(shape) for one, dtype, shape in kinds]
-        return Cut(tensors, raw if room.is_cuda else [one.numpy() for one in raw])
+    def _on_device(self, index: int) -> Tensor:
+        layout = self._layouts[index]
+        packed = torch.zeros(layout.nbytes, dtype=torch.uint8, device=self._tensors[index][0].device)
+        self._fill(index, layout.tensors(packed))
+        if packed.is_cuda:
+            torch.cuda.synchronize()  # what was gathered goes, and readers in other processes know no stream of this one
+        return packed
 
-    def _fill(self, index: int, cut: Cut) -> list[Any]:
-        """Copies the tensors there; gives their bytes."""
+    def _fill(self, index: int, room: list[Tensor]) -> None:
         with torch.no_grad():
             # One call: ten thousand small ones would take longer than the copies.
-            torch._foreach_copy_(cut.tensors, [self._tensors[name] for name in self.buckets[index]])  # type: ignore[reportPrivateImportUsage]
-        return cut.raw
+            torch._foreach_copy_(room, self._tensors[index])  # type: ignore[reportPrivateImportUsage]
 
-    def _length(self, index: int) -> int:
-        return self._headers[index].offsets[-1] + _aligned(self._sizes[index][-1])
-
-    def _header(self, index: int) -> Bucket:
-        names, sizes = self.buckets[index], self._sizes[index]
-        shapes, dtypes = zip(*(self.manifest[name] for name in names), strict=True)
-        offsets = [0, *np.cumsum([_aligned(size) for size in sizes[:-1]]).tolist()]
-        return Bucket(tuple(names), shapes, dtypes, tuple(offsets), ("",) * len(names), np.zeros(0, np.uint8))
+    def _gathered(self, index: int) -> Any:
+        return gathered(self._engine, self._tensors[index])
 
 
 @dataclass(frozen=True)
@@ -136,21 +129,6 @@ class Whole:
 
 def _first_rank() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A buffer in pieces: as tensors of their shape and dtype, and as bytes."""
-
-    tensors: list[Tensor]
-    raw: list[Any]
-    """uint8; numpy arrays where the host can read them, else tensors."""
-
-
-def digests_of(pieces: list[Any]) -> tuple[str, ...]:
-    """One a piece (see `Cut`). Threads only where they help: starting them costs more than to hash a small one."""
-    read = [piece.cpu().numpy() if isinstance(piece, Tensor) else piece for piece in pieces]
-    return tuple(blake3(one.data, max_threads=blake3.AUTO if len(one) > 1 << 20 else 1).hexdigest() for one in read)
 
 
 def gathered(engine: Any, tensors: list[Tensor], writing: bool = False) -> Any:
@@ -171,11 +149,11 @@ def bucketed(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
     buckets: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
-        if not buckets or _aligned(size) > room:
+        if not buckets or aligned(size) > room:
             buckets.append([])
             room = max_bytes
         buckets[-1].append(name)
-        room -= _aligned(size)
+        room -= aligned(size)
     return buckets
 
 
@@ -190,7 +168,3 @@ def dtype_name(tensor: Tensor) -> str:
 
 def nbytes(tensor: Tensor) -> int:
     return math.prod(shape_of(tensor)) * tensor.element_size()
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT

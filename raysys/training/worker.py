@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raysys import memory
-from raysys.batch import Batch, Bucket, Ragged
+from raysys.batch import Batch, Ragged
+from raysys.buckets import Bucket, Plan
 from raysys.processes import imports
 from raysys.training.spec import Share, Tally, TrainerSpec
 
@@ -30,7 +31,7 @@ class TrainerWorker:
         self.spec, self.rank, self.ranks = spec, rank, ranks
         self._engine: Engine | None = None
         self._sender: Any = None
-        self._plan: Any = None
+        self._packer: Any = None
 
     def address(self) -> tuple[str, int]:
         """This node's address as other nodes see it, and a port free on it: where the ranks meet. Asked of rank 0."""
@@ -96,18 +97,18 @@ class TrainerWorker:
         """See `Engine.probe_logprobs`."""
         return self.engine.probe_logprobs(ids)
 
-    def bucket_plan(self, max_bytes: int) -> tuple[dict[str, tuple[tuple[int, ...], str]], int]:
-        """See `raysys.training.weights.BucketPlan`."""
-        from raysys.training.weights import BucketPlan
+    def bucket_plan(self, max_bytes: int) -> Plan:
+        """See `raysys.training.weights.Packer`."""
+        from raysys.training.weights import Packer
 
-        if self._plan is not None:
-            self._plan.close()
-        self._plan = BucketPlan(self.engine.engine, max_bytes)
-        return self._plan.manifest, len(self._plan.buckets)
+        if self._packer is not None:
+            self._packer.close()
+        self._packer = Packer(self.engine.engine, max_bytes)
+        return self._packer.plan
 
     def gather_bucket(self, index: int, in_place: bool = False) -> Bucket | None:
-        """Bucket `index` of the last `bucket_plan`, on rank 0; the other ranks help to gather it. See `BucketPlan.gather`."""
-        return self._plan.gather(index, in_place)
+        """Bucket `index` of the last `bucket_plan`, on rank 0; the other ranks help to gather it. See `Packer.gather`."""
+        return self._packer.gather(index, in_place)
 
     def share_bucket(self, index: int, in_place: bool = False) -> tuple[Bucket | None, None]:
         """`gather_bucket` as two results: the second says that it is there, and can be waited for without fetching the bytes."""
@@ -117,29 +118,29 @@ class TrainerWorker:
         """See `raysys.memory.whose`."""
         return memory.whose()
 
-    def bucket_header(self, index: int) -> Bucket:
-        """See `raysys.training.weights.BucketPlan.header`."""
-        return self._plan.header(index)
+    def tensor_digests(self, index: int) -> list[str]:
+        """See `raysys.training.weights.Packer.digests`."""
+        return self._packer.digests(index)
 
     def open_sender(self, sender: Callable[[str, int, int], Any], address: str, port: int, world_size: int) -> None:
         """On rank 0: makes the sender that `send_bucket` hands tensors to. Returns once all receivers have joined."""
         self._sender = sender(address, port, world_size)
 
-    def send_bucket(self, index: int) -> dict[str, str]:
-        """See `raysys.training.weights.BucketPlan.send`."""
-        return self._plan.send(index, self._sender)
+    def send_bucket(self, index: int) -> str:
+        """See `raysys.training.weights.Packer.send`."""
+        return self._packer.send(index, self._sender)
 
     def offer_bucket(self, index: int, sender: Callable[[], Any], wanted: bool) -> Bucket | None:
-        """See `raysys.training.weights.BucketPlan.offer`. The first call makes the sender, which keeps what it offers alive."""
+        """See `raysys.training.weights.Packer.offer`. The first call makes the sender, which keeps what it offers alive."""
         self._sender = self._sender or sender()
-        return self._plan.offer(index, self._sender if wanted else None)
+        return self._packer.offer(index, self._sender if wanted else None)
 
     def withdraw_buckets(self) -> None:
         """Frees what was offered or placed."""
         if self._sender is not None:
             self._sender.free()
-        if self._plan is not None:
-            self._plan.close()
+        if self._packer is not None:
+            self._packer.close()
 
     def release_cache(self) -> None:
         """Gives back the GPU memory that torch holds and nothing uses, for another process on the same GPU."""

@@ -1,7 +1,7 @@
 """The engine's half of a push through memory. vLLM imports this module in its worker process, as `worker_extension_cls`.
 
-Importing it registers two weight-transfer backends with vLLM's factory: chunks arrive as a layout and the name of a memory-mapped
-file, or the handle of memory on the GPU; never as pickled tensors.
+Importing it registers two weight-transfer backends with vLLM's factory: chunks arrive as a bucket's number and the name of a
+memory-mapped file, or the handle of memory on the GPU; never as pickled tensors. What lies where in them is said once (`raysys_expect`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,9 @@ from torch import Tensor
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from raysys.batch import UNDER_WAY
-from raysys.weights.digest import digest
+from raysys.buckets import UNDER_WAY, Layout, Plan, digest
 from raysys.weights.ipc import Handle
 
-Laid = list[tuple[str, Tensor, Any]]
-"""Name, tensor in place, its bytes as a numpy array."""
 BACKEND = "raysys_shared_memory"
 IPC_BACKEND = "raysys_ipc"
 
@@ -35,28 +32,23 @@ class SharedMemoryInit(WeightTransferInitInfo):
 
 @dataclass
 class SharedMemoryUpdate(WeightTransferUpdateInfo):
-    """One bucket: where its bytes are and what lies at which offset."""
+    """One bucket: its number, the file where its bytes are, and their digest as they left."""
 
+    index: int
     path: str
-    names: list[str]
-    shapes: list[list[int]]
-    dtypes: list[str]
-    offsets: list[int]
-    digests: list[str]
-    stays: bool = False
-    """The file is written again for later buckets, so it is kept mapped."""
+    digest: str
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):
-    """Loads buckets in checkpoint format through vLLM's layerwise reload, and keeps a digest of each tensor as it came."""
+    """Loads buckets in checkpoint format through vLLM's layerwise reload, if their bytes are those that left."""
 
     init_info_cls = SharedMemoryInit
     update_info_cls = SharedMemoryUpdate
-    digests: dict[str, str]
-    wrong: list[str]
-    """Names in the newest bucket whose bytes are not those that left."""
-    _maps: dict[str, tuple[Tensor, dict[str, Laid]]]
-    """Files that are written again and again: mapped once, and cut once for each bucket, by its first name."""
+    layouts: tuple[Layout, ...]
+    wrong: dict[int, list[str]]
+    """Buckets of this update that are not as they left: digests of their tensors as they came."""
+    maps: dict[str, tuple[Tensor, dict[int, list[Tensor]]]]
+    """Files, which are written again and again: mapped once, and cut once for each bucket."""
 
     def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
         return None
@@ -64,7 +56,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        self.digests, self.wrong, self._maps = {}, [], getattr(self, "_maps", {})
+        self.wrong = {}
         forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
 
@@ -74,29 +66,24 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
-        tensors = self._laid(update_info)
-        arrived = [digest(raw) for _, _, raw in tensors]
-        self.digests |= zip(update_info.names, arrived, strict=True)
-        sent = zip(update_info.names, arrived, update_info.digests, strict=True)
-        self.wrong = [name for name, mine, theirs in sent if mine != theirs]
-        if self.wrong:
-            return  # the receiver asks and says which: an exception would reach it as a line of text
-        # The layerwise loader may keep tensors until a layer is whole, beyond the life of this mapping.
+        layout, (data, cut) = self.layouts[update_info.index], self._mapped(update_info.path)
+        raw = data[: layout.nbytes].numpy()
+        if digest(raw) != update_info.digest:
+            self.wrong[update_info.index] = layout.digests(raw)
+            return  # the receiver asks for it: an exception would reach it as a line of text
+        if update_info.index not in cut:
+            cut[update_info.index] = layout.tensors(data)
+        tensors = zip(layout.names, cut[update_info.index], strict=True)
+        # The layerwise loader may keep tensors until a layer is whole, and the file is written anew before that.
         model: Any = self.model
-        model.load_weights((name, tensor.to(self.device, copy=True)) for name, tensor, _ in tensors)
+        model.load_weights((name, tensor.to(self.device, copy=True)) for name, tensor in tensors)
 
-    def _laid(self, update_info: SharedMemoryUpdate) -> Laid:
-        if not update_info.stays:
-            return laid(mapped(update_info.path), update_info)
-        if update_info.path not in self._maps:
-            for old in list(self._maps)[: len(self._maps) + 1 - UNDER_WAY]:
-                del self._maps[old]
-            self._maps[update_info.path] = (mapped(update_info.path), {})
-        data, cut = self._maps[update_info.path]
-        first = update_info.names[0]
-        if first not in cut:
-            cut[first] = laid(data, update_info)
-        return cut[first]
+    def _mapped(self, path: str) -> tuple[Tensor, dict[int, list[Tensor]]]:
+        if path not in self.maps:
+            for old in list(self.maps)[: len(self.maps) + 1 - UNDER_WAY]:
+                del self.maps[old]
+            self.maps[path] = (mapped(path), {})
+        return self.maps[path]
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -109,12 +96,9 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
 
 @dataclass
 class IpcUpdate(WeightTransferUpdateInfo):
-    """One bucket on this GPU: what lies at which offset, and the fields of its `raysys.weights.ipc.Handle`."""
+    """One bucket on this GPU: its number, and the fields of its `raysys.weights.ipc.Handle`."""
 
-    names: list[str]
-    shapes: list[list[int]]
-    dtypes: list[str]
-    offsets: list[int]
+    index: int
     handle: dict[str, Any]
 
 
@@ -124,10 +108,11 @@ class IpcEngine(SharedMemoryEngine):
     update_info_cls: Any = IpcUpdate
 
     def receive_weights(self, update_info: Any) -> None:
-        packed = opened(Handle(**update_info.handle), self.device)
+        layout, packed = self.layouts[update_info.index], opened(Handle(**update_info.handle), self.device)
+        tensors = zip(layout.names, layout.tensors(packed), strict=True)
         # The layerwise loader may keep tensors until a layer is whole; the trainer wants its memory back before that.
         model: Any = self.model
-        model.load_weights((name, tensor.clone()) for name, tensor in views(packed, update_info))
+        model.load_weights((name, tensor.clone()) for name, tensor in tensors)
 
 
 def opened(handle: Handle, device: torch.device) -> Tensor:
@@ -154,19 +139,6 @@ def mapped(path: str) -> Tensor:
         return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def views(data: Tensor, layout: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of a bucket's bytes, in place."""
-    for name, shape, dtype, offset in zip(layout.names, layout.shapes, layout.dtypes, layout.offsets, strict=True):
-        kind = getattr(torch, dtype)
-        size = int(torch.Size(shape).numel()) * kind.itemsize
-        yield name, data[offset : offset + size].view(kind).view(tuple(shape))
-
-
-def laid(data: Tensor, layout: Any) -> Laid:
-    """`views` of bytes that the host can read."""
-    return [(name, tensor, tensor.reshape(-1).view(torch.uint8).numpy()) for name, tensor in views(data, layout)]
-
-
 def forget_packed_experts(model: torch.nn.Module) -> None:
     """On CPU a fused expert layer keeps the kernel that packed its first weights; without this a reload is silently ignored."""
     for module in model.modules():
@@ -178,13 +150,14 @@ def forget_packed_experts(model: torch.nn.Module) -> None:
 class WeightExtension:
     """Methods that vLLM's worker gains; called through `collective_rpc`."""
 
-    def raysys_digests(self: Any) -> dict[str, str]:
-        """Digest of each tensor of this update, as it arrived."""
-        return dict(self.weight_transfer_engine.digests)
+    def raysys_expect(self: Any, plan: str) -> None:
+        """What lies where in the buckets of all updates to come: the text of a `raysys.buckets.Plan`."""
+        engine = self.weight_transfer_engine
+        engine.layouts, engine.maps = Plan("", plan).layouts(), {}
 
-    def raysys_wrong(self: Any) -> list[str]:
-        """Names in the newest bucket whose bytes are not those that left."""
-        return list(self.weight_transfer_engine.wrong)
+    def raysys_wrong(self: Any, index: int) -> list[str]:
+        """Digests of a bucket's tensors as they came, nothing if it is as it left."""
+        return self.weight_transfer_engine.wrong.get(index, [])
 
     def raysys_forget_packed_experts(self: Any) -> None:
         """See `forget_packed_experts`; for backends of vLLM's own, which do not know of it."""
@@ -195,11 +168,11 @@ class WeightExtension:
         model = self.weight_transfer_engine.model
         return {name: str(parameter.dtype).removeprefix("torch.") for name, parameter in model.named_parameters()}
 
-    def raysys_differing(self: Any, layout: dict[str, Any]) -> list[str]:
-        """Names whose copy in the engine is readable under the same name and shape, and is not equal."""
+    def raysys_differing(self: Any, path: str, index: int) -> list[str]:
+        """Names in a bucket whose copy in the engine is readable under the same name and shape, and is not equal."""
         own = dict(self.weight_transfer_engine.model.named_parameters())
-        info = SharedMemoryUpdate(**layout)
-        tensors = views(mapped(info.path), info)
+        layout = self.weight_transfer_engine.layouts[index]
+        tensors = zip(layout.names, layout.tensors(mapped(path)), strict=True)
         return [name for name, tensor in tensors if _readable(own.get(name), tensor.shape) and not _equal(own[name], tensor)]
 
 

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raysys.batch import UNDER_WAY, Bucket
+from raysys.buckets import UNDER_WAY, Bucket
 from raysys.weights.receive import SharedMemoryReceiver
 
 
@@ -35,7 +35,7 @@ class Handle:
 
 @dataclass(frozen=True)
 class Offer(Bucket):
-    """A bucket whose bytes stay on the GPU; its `data` is empty."""
+    """A bucket whose bytes stay on the GPU."""
 
     handle: Handle
 
@@ -87,22 +87,5 @@ class IpcReceiver(SharedMemoryReceiver):
         """Returns when the engine has copied what it needs: the trainer may have its memory back. Takes an `Offer`."""
         assert isinstance(bucket, Offer)
         self._expect(bucket)
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        layout = {
-            "names": list(bucket.names),
-            "shapes": [list(shape) for shape in bucket.shapes],
-            "dtypes": list(bucket.dtypes),
-            "offsets": list(bucket.offsets),
-            "handle": asdict(bucket.handle),
-        }
-        try:
-            await engine.update_weights(WeightTransferUpdateRequest(update_info=layout))
-        except Exception:
-            self._open = False  # vLLM closes an update that raises
-            raise
-        self._arrived.update(bucket.names)
-
-    async def _digests(self, engine: Any) -> dict[str, str]:
-        """None: bytes that stay on the GPU are not hashed where they arrive."""
-        return {}
+        await self._hand(engine, {"index": bucket.index, "handle": asdict(bucket.handle)})
+        self._arrived[bucket.index] = ""  # bytes that stay on the GPU are not hashed where they arrive

@@ -9,17 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from raysys.batch import Bucket
-from raysys.errors import WeightSyncError
-from raysys.weights.receive import Manifest, SharedMemoryReceiver
+from raysys.buckets import Bucket, Plan
+from raysys.weights.receive import SharedMemoryReceiver
 
 
 class NcclReceiver(SharedMemoryReceiver):
-    """The rollout actor's half: as over shared memory, but a bucket brings names, shapes and dtypes only; its `data` is empty."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._left: dict[str, str] = {}
+    """The rollout actor's half: as over shared memory, but a bucket comes without its bytes, and vLLM is told anew what is in each."""
 
     def engine_arguments(self) -> dict[str, Any]:
         from vllm.config import WeightTransferConfig
@@ -42,32 +37,17 @@ class NcclReceiver(SharedMemoryReceiver):
         group = {"master_address": address, "master_port": port, "rank_offset": first_rank, "world_size": world_size, "packed": True}
         await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=group))
 
-    async def begin(self, engine: Any, manifest: Manifest) -> None:
-        self._left = {}
+    async def begin(self, engine: Any, plan: Plan) -> None:
         await engine.collective_rpc("raysys_forget_packed_experts")
-        await super().begin(engine, manifest)
+        await super().begin(engine, plan)
 
     async def update(self, engine: Any, bucket: Bucket) -> None:
         """Takes part in the broadcast of one bucket; `NcclSender.send` is the other part and must run at the same time."""
         self._expect(bucket)
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        layout = {"names": list(bucket.names), "dtype_names": list(bucket.dtypes), "shapes": [list(shape) for shape in bucket.shapes]}
-        try:
-            await engine.update_weights(WeightTransferUpdateRequest(update_info=layout))
-        except Exception:
-            self._open = False  # vLLM closes an update that raises
-            raise
-        self._left |= dict(zip(bucket.names, bucket.digests, strict=True))
-        self._arrived.update(bucket.names)
-
-    async def _digests(self, engine: Any) -> dict[str, str]:
-        return dict(self._left)
-
-    async def differing(self, engine: Any, bucket: Bucket) -> list[str]:
-        if not bucket.data.size:
-            raise WeightSyncError("weights that never left the GPU cannot be compared on the host")
-        return await super().differing(engine, bucket)
+        layout = self._layouts[bucket.index]
+        shapes = [list(shape) for shape in layout.shapes]
+        await self._hand(engine, {"names": list(layout.names), "dtype_names": list(layout.dtypes), "shapes": shapes})
+        self._arrived[bucket.index] = bucket.digest
 
 
 class NcclSender:

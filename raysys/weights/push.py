@@ -1,6 +1,6 @@
 """New weights from the trainer to every engine, with proof that they arrived and that the engines compute with them.
 
-A push is: announce names and shapes, send bounded buckets (a gather and a send are under way at the same time), compare
+A push is: announce the plan (names and shapes), send bounded buckets (a gather and a send are under way at the same time), compare
 fingerprints, then a parity probe: log-probs of a fixed sequence by trainer and engine. Seen from the driver; imports
 neither torch nor vLLM.
 """
@@ -16,15 +16,12 @@ from typing import Any, Protocol, cast
 import numpy as np
 import ray
 
-from raysys.batch import UNDER_WAY
+from raysys.buckets import UNDER_WAY, Bucket, Plan, fingerprint
 from raysys.config.parts import Deadlines, Weights
-from raysys.errors import DeadlineError, InfrastructureError, WeightSyncError
+from raysys.errors import BucketError, DeadlineError, InfrastructureError, WeightSyncError
 from raysys.runtime import dead_actor, died, get
-from raysys.weights.digest import fingerprint
 from raysys.weights.ipc import IpcSender
 from raysys.weights.nccl import NcclSender
-
-Manifest = dict[str, tuple[tuple[int, ...], str]]
 
 PROBE = 32
 """Tokens of the parity probe, where the engine's window has room for them."""
@@ -34,9 +31,10 @@ _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 class Gives(Protocol):
     """What a push through the host's memory needs of whoever has the weights."""
 
-    def bucket_plan(self, max_bytes: int) -> tuple[Manifest, int]: ...
+    def bucket_plan(self, max_bytes: int) -> Plan: ...
     def memory(self) -> str: ...
     def gather_bucket(self, index: int, in_place: bool = False) -> Any: ...
+    def tensor_digests(self, index: int) -> list[str]: ...
     def probe_logprobs(self, ids: Sequence[int]) -> np.ndarray: ...
 
 
@@ -46,7 +44,6 @@ class Trains(Gives, Protocol):
     # Only for `weights.backend=nccl`:
     def meeting_point(self) -> tuple[str, int]: ...
     def open_sender(self, sender: Any, address: str, port: int, world_size: int) -> Any: ...
-    def bucket_header(self, index: int) -> Any: ...
     def send_bucket(self, index: int) -> list[Any]: ...
 
     # Only for `weights.backend=ipc`:
@@ -56,7 +53,7 @@ class Trains(Gives, Protocol):
 
 @dataclass(frozen=True)
 class PushResult:
-    """One push: `fingerprint` of all tensors, `parity_gap` the largest log-prob difference on the probe in nats, `seconds` by phase."""
+    """One push: `fingerprint` of all weights, `parity_gap` the largest log-prob difference on the probe in nats, `seconds` by phase."""
 
     version: int
     fingerprint: str
@@ -112,7 +109,8 @@ class Pusher:
         self._engine_ranks = engine_ranks
         self._joined: list[str] = []
         self._memory: str | None = None
-        self._manifest, self._count = trainer.bucket_plan(config.bucket_mib << 20)
+        self._plan = trainer.bucket_plan(config.bucket_mib << 20)
+        self._layouts = self._plan.layouts()
 
     def push(self, version: int) -> PushResult:
         """Sends everything to everyone and proves it.
@@ -139,12 +137,12 @@ class Pusher:
         if not self._probe:
             found = audience.ask("limits")
             self._probe = probe_ids(**next(iter(found.values()))) if found else []
-        audience.ask("begin_update", self._manifest)
+        audience.ask("begin_update", ray.put(self._plan))
         left = {"nccl": self._broadcast, "ipc": self._hand_over}.get(self._config.backend, self._send)(audience)
         arrived = audience.ask("finish_update", version)
         if not arrived:
             return None
-        marks = {member.name: fingerprint(left or digests) for member, digests in arrived.items()}
+        marks = {member.name: fingerprint(self._plan.mark, left or digests) for member, digests in arrived.items()}
         if len(set(marks.values())) > 1:
             raise WeightSyncError(f"workers hold different weights after push {version}: {marks}")
         sent = time.monotonic()
@@ -154,7 +152,7 @@ class Pusher:
         self._engines.pushed(version, audience.members)
         return PushResult(version, next(iter(marks.values())), gap, {"transfer": sent - began, "probe": time.monotonic() - sent})
 
-    def _broadcast(self, audience: Audience) -> dict[str, str]:
+    def _broadcast(self, audience: Audience) -> list[str]:
         """All buckets from GPU to GPU; all ranks take part in one at a time. Returns digests of what left."""
         trainer = cast("Trains", self._trainer)
         names = [member.name for member in audience.members]
@@ -166,10 +164,10 @@ class Pusher:
             joins = {member: handle.join.remote(address, port, firsts[member.name], world) for member, handle in audience.present()}
             audience.settle(joins, "join the trainer's group", [opened])
             self._joined = names
-        left: dict[str, str] = {}
-        for index in range(self._count):
-            receiving = audience.call("update", trainer.bucket_header(index))
-            left |= audience.settle(receiving, "update", trainer.send_bucket(index))[0]
+        left: list[str] = []
+        for index in range(len(self._layouts)):
+            receiving = audience.call("update", Bucket(self._plan.mark, index, ""))
+            left.append(audience.settle(receiving, "update", trainer.send_bucket(index))[0])
             if len(audience.members) < len(names):
                 self._joined = []
                 raise InfrastructureError(
@@ -177,7 +175,7 @@ class Pusher:
                 )
         return left
 
-    def _hand_over(self, audience: Audience) -> dict[str, str]:
+    def _hand_over(self, audience: Audience) -> list[str]:
         """All buckets to each worker from the rank on its GPU. Returns digests of what left."""
         trainer = cast("Trains", self._trainer)
 
@@ -185,15 +183,12 @@ class Pusher:
             offers = trainer.offer_bucket(index, IpcSender, {member.place for member in audience.members})
             return {member: handle.update.remote(offers[member.place]) for member, handle in audience.present()}, offers
 
-        left: dict[str, str] = {}
         try:
-            for bucket in self._under_way(audience, start):
-                left |= dict(zip(bucket.names, bucket.digests, strict=True))
+            return [bucket.digest for bucket in self._under_way(audience, start)]
         finally:
             trainer.withdraw_buckets()
-        return left
 
-    def _send(self, audience: Audience) -> dict[str, str]:
+    def _send(self, audience: Audience) -> list[str]:
         """All buckets to all workers through the host's memory. Returns nothing: receivers say what arrived.
 
         On one node they read them where the trainer packed them, else through Ray's object store.
@@ -206,9 +201,19 @@ class Pusher:
             bucket = self._trainer.gather_bucket(index, in_place)  # only asked for: the workers wait for it themselves
             return audience.call("update", bucket), bucket
 
-        for _ in self._under_way(audience, start):
-            pass
-        return {}
+        try:
+            for _ in self._under_way(audience, start):
+                pass
+        except BucketError as error:
+            raise WeightSyncError(self._first_wrong(error), error.remedy) from error
+        return []
+
+    def _first_wrong(self, error: BucketError) -> str:
+        pairs = zip(self._trainer.tensor_digests(error.index), error.arrived, strict=True)
+        for name, (left, arrived) in zip(self._layouts[error.index].names, pairs, strict=True):
+            if left != arrived:
+                return f"tensor {name} arrived with other bytes than it left with"
+        return f"{error.message}, and each of its tensors as it is: their digest is wrong, or what lies between them"
 
     def _under_way(self, audience: Audience, start: Callable[[int], tuple[dict[Any, Any], Any]]) -> Iterator[Any]:
         """Starts each bucket as soon as fewer than `UNDER_WAY` are; `start` gives the workers' answers and the trainer's part as refs.
@@ -217,7 +222,7 @@ class Pusher:
         """
         flying: deque[tuple[dict[Any, Any], Any]] = deque()
         try:
-            for index in range(self._count):
+            for index in range(len(self._layouts)):
                 flying.append(start(index))
                 if len(flying) == UNDER_WAY:
                     refs, needed = flying.popleft()
@@ -248,10 +253,10 @@ class Pusher:
         return gaps[worst]
 
     def _default_tolerance(self) -> float:
-        return max(_TOLERANCE.get(dtype, 1e-3) for _, dtype in self._manifest.values())
+        return max(_TOLERANCE.get(dtype, 1e-3) for dtype in {dtype for layout in self._layouts for dtype in layout.dtypes})
 
     def _first_difference(self, audience: Audience, member: Any) -> str:
-        for index in range(self._count):
+        for index in range(len(self._layouts)):
             bucket = self._trainer.gather_bucket(index)
             asked = {one: handle.differing.remote(bucket) for one, handle in audience.present() if one is member}
             found = audience.settle(asked, "differing")

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from raysys.batch import Bucket, Placed
-from raysys.errors import WeightSyncError
-from raysys.memory import new_path, sweep
-
-Manifest = dict[str, tuple[tuple[int, ...], str]]
+from raysys.buckets import UNDER_WAY, Bucket, Layout, Packed, Placed, Plan
+from raysys.errors import BucketError, WeightSyncError
+from raysys.memory import Slots, sweep
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -27,8 +22,10 @@ class SharedMemoryReceiver:
         self._dtypes: dict[str, str] = {}
         self._dtype = ""
         self._open = False
-        self._announced: Manifest = {}
-        self._arrived: set[str] = set()
+        self._mark = ""
+        self._layouts: tuple[Layout, ...] = ()
+        self._arrived: dict[int, str] = {}
+        self._slots = Slots(UNDER_WAY)
         sweep()
 
     def engine_arguments(self) -> dict[str, Any]:
@@ -52,8 +49,11 @@ class SharedMemoryReceiver:
         self._dtypes = (await engine.collective_rpc("raysys_dtypes"))[0]
         self._dtype = str(engine.model_config.dtype).removeprefix("torch.")
 
-    async def check(self, engine: Any, manifest: Manifest) -> None:
+    async def check(self, engine: Any, plan: Plan) -> None:
         """Raises WeightSyncError for the first name, shape or dtype that the engine's model does not have. Touches nothing."""
+        if plan.mark == self._mark:
+            return  # neither it nor the model has changed since
+        manifest = plan.manifest()
         for name, (shape, dtype) in manifest.items():
             if dtype not in (self._dtype, self._dtypes.get(name)):
                 raise WeightSyncError(
@@ -74,79 +74,75 @@ class SharedMemoryReceiver:
             name = "model.embed_tokens.weight"  # tied: absent from the file, sent all the same, for an engine may keep a packed copy
         return expected.get(name)
 
-    async def begin(self, engine: Any, manifest: Manifest) -> None:
-        """Opens an update of the engine, closing one that broke off before."""
-        self._announced, self._arrived = dict(manifest), set()
+    async def begin(self, engine: Any, plan: Plan) -> None:
+        """Opens an update of the engine, closing one that broke off before. What it does not know of the plan it is told."""
         if self._open:
             await engine.finish_weight_update()
+        if plan.mark != self._mark:
+            self._mark = ""
+            await engine.collective_rpc("raysys_expect", args=(plan.text,))
+            self._layouts, self._mark = plan.layouts(), plan.mark
+        self._arrived = {}
         await engine.start_weight_update()
         self._open = True
 
     async def update(self, engine: Any, bucket: Bucket) -> None:
-        """Raises WeightSyncError for a tensor that was not announced so, or whose bytes are not those that left."""
+        """Raises WeightSyncError for a bucket of another plan, BucketError for one whose bytes are not those that left."""
+        self._expect(bucket)
+        await self._hand(engine, {"index": bucket.index, "path": self._path(bucket), "digest": bucket.digest})
+        for wrong in await engine.collective_rpc("raysys_wrong", args=(bucket.index,)):
+            if wrong:
+                raise BucketError(self.where(bucket), bucket.index, wrong)
+        self._arrived[bucket.index] = bucket.digest
+
+    async def _hand(self, engine: Any, update: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        self._expect(bucket)
-        with at_hand(bucket) as layout:
-            try:
-                await engine.update_weights(WeightTransferUpdateRequest(update_info=layout))
-            except Exception:
-                self._open = False  # vLLM closes an update that raises
-                raise
-        for wrong in await engine.collective_rpc("raysys_wrong"):
-            if wrong:
-                raise WeightSyncError(
-                    f"tensor {wrong[0]} arrived with other bytes than it left with", "a whole push makes the engine usable again"
-                )
-        self._arrived.update(bucket.names)
+        try:
+            await engine.update_weights(WeightTransferUpdateRequest(update_info=update))
+        except Exception:
+            self._open = False  # vLLM closes an update that raises
+            raise
 
     def _expect(self, bucket: Bucket) -> None:
-        for name, shape, dtype in zip(bucket.names, bucket.shapes, bucket.dtypes, strict=True):
-            if self._announced.get(name) != (tuple(shape), dtype):
-                raise WeightSyncError(f"tensor {name} came as {list(shape)} {dtype}, announced was {self._announced.get(name)}")
+        if bucket.plan != self._mark or bucket.index >= len(self._layouts):
+            raise WeightSyncError(f"bucket {bucket.index} is one of plan {bucket.plan}, announced was {self._mark or 'none'}")
+        size = self._layouts[bucket.index].nbytes
+        if isinstance(bucket, Packed) and len(bucket.data) != size:
+            raise WeightSyncError(f"{self.where(bucket)} came with {len(bucket.data)} bytes, announced were {size}")
 
-    async def _digests(self, engine: Any) -> dict[str, str]:
-        return (await engine.collective_rpc("raysys_digests"))[0]
+    def _path(self, bucket: Bucket) -> str:
+        """Where the engine can read a bucket's bytes: where they were placed, or a copy that stays until the next but one comes."""
+        if isinstance(bucket, Placed):
+            return bucket.path
+        if not isinstance(bucket, Packed):
+            raise WeightSyncError("weights that never left the GPU cannot be read on the host")
+        path, room = self._slots.room(bucket.index, max(layout.nbytes for layout in self._layouts))
+        room[: len(bucket.data)] = bucket.data
+        return path
 
-    async def finish(self, engine: Any, version: int) -> dict[str, str]:
-        """Digest by name, as arrived. Raises WeightSyncError naming the first announced tensor that never came."""
-        missing = [name for name in self._announced if name not in self._arrived]
+    def where(self, bucket: Bucket) -> str:
+        """A bucket in words, with its first tensor's name."""
+        return f"bucket {bucket.index}" + "".join(f" (from {one.names[0]} on)" for one in self._layouts[bucket.index : bucket.index + 1])
+
+    async def finish(self, engine: Any, version: int) -> list[str]:
+        """Digest of each bucket, as arrived. Raises WeightSyncError naming the first announced tensor that never came."""
+        missing = [layout for index, layout in enumerate(self._layouts) if index not in self._arrived]
         if missing:
-            raise WeightSyncError(f"{len(missing)} announced tensors never came, the first is {missing[0]}")
-        digests = await self._digests(engine)
+            count = sum(len(layout.names) for layout in missing)
+            raise WeightSyncError(f"{count} announced tensors never came, the first is {missing[0].names[0]}")
         await engine.finish_weight_update(weight_version=str(version))
         self._open = False
-        return digests
+        return [self._arrived[index] for index in range(len(self._layouts))]
 
     async def differing(self, engine: Any, bucket: Bucket) -> list[str]:
         """Names of this bucket that can be read back from the engine and are not equal."""
-        with at_hand(bucket) as layout:
-            return (await engine.collective_rpc("raysys_differing", args=(layout,)))[0]
+        self._expect(bucket)
+        return (await engine.collective_rpc("raysys_differing", args=(self._path(bucket), bucket.index)))[0]
 
     def close(self) -> None:
+        self._slots.close()
         sweep()
-
-
-@contextmanager
-def at_hand(bucket: Bucket) -> Iterator[dict[str, Any]]:
-    """The layout of a bucket and the path of its bytes: where they were placed, or a file for the time of the block."""
-    layout = {
-        "names": list(bucket.names),
-        "shapes": [list(shape) for shape in bucket.shapes],
-        "dtypes": list(bucket.dtypes),
-        "offsets": list(bucket.offsets),
-        "digests": list(bucket.digests),
-    }
-    if isinstance(bucket, Placed):
-        yield layout | {"path": bucket.path, "stays": True}
-        return
-    path = new_path()
-    try:
-        with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.write(bucket.data.data)
-        yield layout | {"path": str(path), "stays": False}
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def shapes_of(model: str) -> dict[str, tuple[int, ...]] | None:

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from raysys.batch import Bucket
+from raysys.buckets import Bucket, Plan
 from raysys.memory import whose
 from raysys.rollout.worker import RolloutWorker
-from raysys.weights.receive import Manifest, SharedMemoryReceiver
+from raysys.weights.receive import SharedMemoryReceiver
 
 DEFAULTS: dict[str, Any] = {
     "parameters": [1_000_000, 30_000_000, 300_000_000],
@@ -108,7 +108,7 @@ def _loaded(parameters: int, bucket_mib: int, repeats: int) -> dict[str, Any]:
         try:
             ray.get(worker.start.remote(), timeout=300)
             pusher, _ = _pusher(source, worker, bucket_mib, True)
-            sizes = [int(np.prod(shape)) for shape, _ in ray.get(source.bucket_plan.remote(bucket_mib << 20))[0].values()]
+            sizes = [int(np.prod(shape)) for shape, _ in ray.get(source.planned.remote()).manifest().values()]
             for version in range(repeats + 1):
                 ray.get([source.hashing.remote(True), worker.clocks.remote()])
                 whole = pusher.push(version + 1).seconds["transfer"]
@@ -147,7 +147,7 @@ def _pusher(source: Any, worker: Any, bucket_mib: int, in_place: bool) -> tuple[
     from raysys.config.parts import Deadlines, Weights
     from raysys.weights.push import Pusher
 
-    def planned(max_bytes: int) -> tuple[Manifest, int]:
+    def planned(max_bytes: int) -> Plan:
         return ray.get(source.bucket_plan.remote(max_bytes))
 
     def probed(ids: list[int]) -> np.ndarray:
@@ -161,17 +161,17 @@ def _pusher(source: Any, worker: Any, bucket_mib: int, in_place: bool) -> tuple[
     trainer: Any = SimpleNamespace(bucket_plan=planned, memory=whose, gather_bucket=source.gather_bucket.remote, probe_logprobs=probed)
     engines: Any = SimpleNamespace(workers=[member], pushed=lambda version, members: None, lose=lose)
     pusher = Pusher(trainer, engines, Weights(bucket_mib=bucket_mib), Deadlines(push=120), probe_ids=[5, 90, 17, 33])
-    return pusher, planned(bucket_mib << 20)[1]
+    return pusher, len(ray.get(source.planned.remote()).layouts())
 
 
 def _parts(source: Any, sink: Any, in_place: bool) -> dict[str, float]:
     """Seconds of each part with one bucket under way at a time; `store` is Ray's: put, message, get."""
     import ray
 
-    manifest, count = ray.get(source.planned.remote())
-    ray.get(sink.begin_update.remote(manifest))
+    plan: Plan = ray.get(source.planned.remote())
+    ray.get(sink.begin_update.remote(plan))
     sums = dict.fromkeys([f"{part}_s" for part in PARTS], 0.0)
-    for index in range(count):
+    for index in range(len(plan.layouts())):
         later = ray.get(sink.marked.remote(source.gather_bucket.remote(index, in_place)))
         marks = [*ray.get(source.marks.remote()), *later]
         for name, began, ended in zip(sums, marks, marks[1:], strict=False):
@@ -221,27 +221,27 @@ class Source:
             state = {f"layers.{index // 10}.weight{index}": torch.randn(parameters // tensors) for index in range(tensors)}
             self._model = SimpleNamespace(state_dict=lambda keep_vars: state)
         rooms: Any = weights
-        self._plan: Any = None
+        self._packer: Any = None
         self._marks = [0.0, 0.0]
-        self._hash = rooms.blake3 = Clock(weights.blake3, weights.blake3())
+        self._hash = rooms.digest = Clock(weights.digest, "")
 
-    def bucket_plan(self, max_bytes: int) -> tuple[Manifest, int]:
-        from raysys.training.weights import BucketPlan
+    def bucket_plan(self, max_bytes: int) -> Plan:
+        from raysys.training.weights import Packer, Whole
 
         self.close()
-        self._plan = BucketPlan(SimpleNamespace(module=self._model, zero_optimization_stage=lambda: 0), max_bytes)
+        self._packer = Packer(Whole(self._model), max_bytes)
         return self.planned()
 
-    def planned(self) -> tuple[Manifest, int]:
-        return self._plan.manifest, len(self._plan.buckets)
+    def planned(self) -> Plan:
+        return self._packer.plan
 
     def close(self) -> None:
-        if self._plan is not None:
-            self._plan.close()
+        if self._packer is not None:
+            self._packer.close()
 
     def gather_bucket(self, index: int, in_place: bool) -> Bucket | None:
         began = time.monotonic()
-        bucket = self._plan.gather(index, in_place)
+        bucket = self._packer.gather(index, in_place)
         self._marks = [began, time.monotonic()]
         return bucket
 
@@ -281,14 +281,14 @@ class Sink:
 
     # -- what a push asks of a rollout actor
 
-    async def begin_update(self, manifest: Manifest) -> None:
-        await self._receiver.check(self, manifest)
-        await self._receiver.begin(self, manifest)
+    async def begin_update(self, plan: Plan) -> None:
+        await self._receiver.check(self, plan)
+        await self._receiver.begin(self, plan)
 
     async def update(self, bucket: Bucket) -> None:
         await self._receiver.update(self, bucket)
 
-    async def finish_update(self, version: int) -> dict[str, str]:
+    async def finish_update(self, version: int) -> list[str]:
         return await self._receiver.finish(self, version)
 
     async def probe(self, ids: list[int]) -> np.ndarray:
@@ -309,7 +309,7 @@ class Sink:
         return None
 
     async def start_weight_update(self) -> None:
-        await self._ask("begin")
+        return None
 
     async def update_weights(self, request: Any) -> None:
         written = time.monotonic()
@@ -319,8 +319,8 @@ class Sink:
     async def finish_weight_update(self, weight_version: str = "") -> None:
         return None
 
-    async def collective_rpc(self, method: str) -> list[Any]:
-        return [await self._ask(method)]
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
+        return [await self._ask(method, *args)]
 
     async def _ask(self, what: str, payload: Any = None) -> Any:
         async with self._turn:
@@ -331,29 +331,27 @@ class Sink:
 def serve(pipe: Any) -> None:
     """The engine's stand-in: maps, touches and hashes what it is told of, with the engine's own functions."""
 
-    from raysys.weights.digest import digest
-    from raysys.weights.engine_backend import laid, mapped
+    from raysys.buckets import digest
+    from raysys.weights.engine_backend import mapped
 
-    clock, digests, kept = Clock(digest, digest(b"")), {}, {}
+    clock, layouts, kept, cut = Clock(digest, ""), (), {}, {}
     while True:
         what, payload = pipe.recv()
-        answer: Any = {"raysys_dtypes": {}, "raysys_digests": digests, "raysys_wrong": []}.get(what)
+        answer: Any = {"raysys_dtypes": {}, "raysys_wrong": []}.get(what)
         if what == "hashing":
             answer = clock.switch(payload)
-        elif what == "begin":
-            digests = {}
+        elif what == "raysys_expect":
+            layouts = Plan("", payload).layouts()
         elif what == "update":
-            path = payload["path"]
-            key = path, payload["names"][0]
+            path, index = payload["path"], payload["index"]
             if path not in kept:
                 kept[path] = mapped(path)
-            if key not in kept:
-                kept[key] = laid(kept[path], SimpleNamespace(**payload))
-            kept[path][::PAGE].sum()
-            for name, _, raw in kept[key]:
-                digests[name] = clock(raw)
-            if not payload["stays"]:
-                del kept[path], kept[key]
+            data = kept[path][: layouts[index].nbytes]
+            if clock(data.numpy()) != payload["digest"]:
+                raise AssertionError("what arrived is not what left")
+            if (path, index) not in cut:
+                cut[path, index] = layouts[index].tensors(data)
+            data[::PAGE].sum()
         pipe.send(answer)
 
 

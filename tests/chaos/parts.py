@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import ray
 
-from raysys.batch import Batch, Bucket
+from raysys.batch import Batch
+from raysys.buckets import Layout, Packed, Plan
 from raysys.errors import DataError
 from raysys.rollout.serving import Response, Serving
 from raysys.rollout.spec import RolloutSpec, Sampling
@@ -67,18 +68,18 @@ class StormEngine(Serving):
             tokens.append(mark(self._weights))
         return Response(tokens, [0.0] * len(tokens), spans, "stop")
 
-    async def begin_update(self, manifest: Any) -> None:
+    async def begin_update(self, plan: Any) -> None:
         self._coming = np.full(SIZE, np.nan)
         self._gate.clear()  # as the real worker: samples in progress go on, new ones wait
 
-    async def update(self, bucket: Bucket) -> None:
+    async def update(self, bucket: Packed) -> None:
         await asyncio.sleep(0.01)
         self._coming = bucket.data.view(np.float64).copy()
 
-    async def finish_update(self, version: int) -> dict[str, str]:
+    async def finish_update(self, version: int) -> list[str]:
         self._weights, self._version = self._coming, version
         self._gate.set()
-        return {"w": str(mark(self._weights))}
+        return [str(mark(self._weights))]
 
     async def probe(self, ids: list[int]) -> np.ndarray:
         return logprobs(self._weights, ids)
@@ -122,9 +123,8 @@ class StormTrainerRank:
         except (OSError, ValueError):
             return 0.05
 
-    def bucket(self) -> Bucket:
-        data = self._weights.view(np.uint8)
-        return Bucket(("w",), ((SIZE,),), ("float64",), (0,), (str(mark(self._weights)),), data)
+    def bucket(self) -> Packed:
+        return Packed("w", 0, str(mark(self._weights)), self._weights.view(np.uint8))
 
     def probe(self, ids: list[int]) -> np.ndarray:
         return logprobs(self._weights, ids)
@@ -159,14 +159,17 @@ class StormTrainer:
     def load(self, folder: str) -> None:
         self._call("load", folder)
 
-    def bucket_plan(self, max_bytes: int) -> tuple[dict[str, Any], int]:
-        return {"w": ((SIZE,), "float64")}, 1
+    def bucket_plan(self, max_bytes: int) -> Plan:
+        return Plan.of([Layout.of({"w": ((SIZE,), "float64", 8 * SIZE)})])
 
     def memory(self) -> str:
         return ""
 
     def gather_bucket(self, index: int, in_place: bool = False) -> Any:
         return self._rank.bucket.remote()
+
+    def tensor_digests(self, index: int) -> list[str]:
+        raise AssertionError("nothing is wrong with the bytes")
 
     def probe_logprobs(self, ids: Any) -> np.ndarray:
         return self._call("probe", list(ids))

@@ -10,7 +10,6 @@ import time
 import numpy as np
 import pytest
 
-from raysys.batch import Bucket
 from raysys.config.parts import Deadlines, Trainer
 from raysys.errors import ConfigError, DataError, DeadlineError, InfrastructureError, NumericsError
 from raysys.training import group as groups
@@ -56,17 +55,19 @@ def test_two_actors_do_what_two_processes_do(cluster, pair, models, tmp_path, mo
         for step, batch in enumerate(batches):
             metrics = trainer.step(batch)
             assert metrics == pytest.approx(merged(want, step), rel=1e-6)
-        manifest, count = trainer.bucket_plan(5000)
+        plan = trainer.bucket_plan(5000)
+        count = len(plan.layouts())
         fetched, get = [], groups.get
         with monkeypatch.context() as patch:
             patch.setattr(groups, "get", lambda *refs, **limits: fetched.append(get(*refs, **limits)))
             refs = [trainer.gather_bucket(index) for index in range(count)]
         assert fetched == [None] * (2 * count), "weights came to the driver"
-        buckets: list[Bucket] = cluster.get(refs)
+        buckets = cluster.get(refs)
+        assert trainer.tensor_digests(1) == plan.layouts()[1].digests(buckets[1].data)
         with pytest.raises(InfrastructureError, match=f"gather bucket {count}"):
             trainer.gather_bucket(count)
-        got = {name: tensor for bucket in buckets for name, tensor in work.unpack(bucket).items()}
-        assert list(got) == list(manifest) == list(want[0][1])
+        got = {name: tensor for part in zip(buckets, plan.layouts()) for name, tensor in work.unpack(*part).items()}
+        assert list(got) == list(plan.manifest()) == list(want[0][1])
         assert all(np.array_equal(got[name], tensor) for name, tensor in want[0][1].items())
 
         logprobs, batch = trainer.logprobs(batches[0]), batches[0]

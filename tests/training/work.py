@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from raysys.batch import Batch, Bucket, Ragged
+from raysys.batch import Batch, Ragged
+from raysys.buckets import Layout
 from raysys.config.parts import Trainer
 from raysys.training.objectives import GopdObjective, Objective
 from raysys.training.spec import Share, Tally, TrainerSpec
@@ -85,19 +86,21 @@ def train(
 
 def weights(made: TrainerWorker, max_bytes: int = 5000) -> dict[str, np.ndarray]:
     """All tensors by name, as float32; empty except on rank 0."""
-    _, count = made.bucket_plan(max_bytes)
-    buckets = [made.gather_bucket(index) for index in range(count)]
-    return {name: tensor for bucket in buckets if bucket is not None for name, tensor in unpack(bucket).items()}
-
-
-def unpack(bucket: Bucket) -> dict[str, np.ndarray]:
     tensors = {}
-    for name, shape, dtype, start in zip(bucket.names, bucket.shapes, bucket.dtypes, bucket.offsets, strict=True):
-        count = int(np.prod(shape))
+    for index, layout in enumerate(made.bucket_plan(max_bytes).layouts()):
+        bucket = made.gather_bucket(index)
+        tensors |= unpack(bucket, layout) if bucket is not None else {}
+    return tensors
+
+
+def unpack(bucket: Any, layout: Layout) -> dict[str, np.ndarray]:
+    tensors = {}
+    for name, shape, dtype, start, size in zip(*vars(layout).values(), strict=True):
+        raw = bucket.data[start : start + size]
         if dtype == "float32":
-            flat = bucket.data[start : start + 4 * count].view(np.float32)
+            flat = raw.view(np.float32)
         else:  # bfloat16 is the upper half of a float32
-            flat = (bucket.data[start : start + 2 * count].view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+            flat = (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         tensors[name] = flat.reshape(shape).copy()
     return tensors
 

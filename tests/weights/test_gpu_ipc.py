@@ -29,11 +29,11 @@ class Local:
         from torch.distributed import HashStore  # type: ignore[attr-defined]
         from transformers import AutoModelForCausalLM
 
-        from raysys.training.weights import BucketPlan
+        from raysys.training.weights import Packer
 
         torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to("cuda:0")
-        self.plan = BucketPlan(SimpleNamespace(module=self.model, zero_optimization_stage=lambda: 0), 100_000)
+        self.packer = Packer(SimpleNamespace(module=self.model, zero_optimization_stage=lambda: 0), 100_000)
         self.sender = IpcSender()
 
     def move(self) -> None:
@@ -53,10 +53,10 @@ class Local:
         return float(np.abs(found - wanted.cpu().numpy()).max())
 
     async def push(self, worker: RolloutWorker, version: int) -> None:
-        await worker.begin_update(self.plan.manifest)
-        for index in range(len(self.plan.buckets)):
-            offer = self.plan.offer(index, self.sender)
-            assert offer is not None and all(offer.digests)
+        await worker.begin_update(self.packer.plan)
+        for index in range(len(self.packer.plan.layouts())):
+            offer = self.packer.offer(index, self.sender)
+            assert offer is not None and offer.digest
             await worker.update(offer)
         await worker.finish_update(version)
         self.sender.free()

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from raysys.assembly import Hardware, receiver_for, start_all
-from raysys.batch import Bucket
+from raysys.buckets import Bucket, Layout, Plan, digest, fingerprint
 from raysys.config.parts import Deadlines, Rollout, Trainer, Weights
 from raysys.config.runs import GopdConfig, NewModel, SftConfig
 from raysys.errors import ConfigError, DeadlineError, InfrastructureError, WeightSyncError
@@ -26,18 +26,16 @@ from raysys.rollout.members import Member
 from raysys.rollout.pool import RolloutPool
 from raysys.rollout.spec import RolloutSpec
 from raysys.weights import push as pushing
-from raysys.weights.digest import digest, fingerprint
 from raysys.weights.ipc import Handle, IpcReceiver, IpcSender, Offer
 from raysys.weights.push import Pusher
+from tests.weights.trainer import replanned
 
 SMALL = NewModel(hidden_size=64, heads=2, kv_heads=2, ffn_size=96, context=64)
 IDS = [5, 90, 17, 33, 64, 8, 71, 22, 45]
 MEMORY = Path("/dev/shm")
 
 
-def bucket(*names: str) -> Bucket:
-    count = len(names)
-    return Bucket(names, ((2,),) * count, ("float32",) * count, (0,) * count, ("",) * count, np.zeros(0, np.uint8))
+PLAN = Plan.of([Layout.of({name: ((2,), "float32", 8)}) for name in "abcd"])
 
 
 def handle(device: str = "GPU-a") -> Handle:
@@ -113,8 +111,9 @@ def pusher(pair: tuple[Any, RolloutPool], monkeypatch: pytest.MonkeyPatch) -> Pu
     """A pusher whose model travels in several buckets."""
     monkeypatch.setattr(pushing, "IpcSender", FileSender)
     made = Pusher(*pair, Weights(backend="ipc"), DEADLINES)
-    made._manifest, made._count = pair[0].bucket_plan(100_000)
-    assert made._count > 3
+    made._plan = pair[0].bucket_plan(100_000)
+    made._layouts = made._plan.layouts()
+    assert len(made._layouts) > 3
     return made
 
 
@@ -140,9 +139,8 @@ def test_an_engine_computes_with_what_the_rank_beside_it_offers(pair: tuple[Any,
         assert result.parity_gap < 1e-4 and gap(pair) < 1e-4
         assert not list(MEMORY.glob("raysys-twin-*")), "what was offered is not freed"
         marks.append(result.fingerprint)
-    buckets = ray.get([group.gather_bucket(index) for index in range(pusher._count)])
-    left = {name: mark for one in buckets for name, mark in zip(one.names, one.digests, strict=True)}
-    assert fingerprint(left) == marks[-1] and len(set(marks)) == 3
+    buckets = ray.get([group.gather_bucket(index) for index in range(len(pusher._layouts))])
+    assert fingerprint(pusher._plan.mark, [one.digest for one in buckets]) == marks[-1] and len(set(marks)) == 3
 
 
 @pytest.mark.slow
@@ -151,17 +149,15 @@ def test_all_ranks_gather_the_wanted_offer_and_the_first_says_what_left(pair: tu
 
     first, second = ray.get(pair[0].offer_bucket(0, FileSender, {1}))
     assert type(first) is Bucket and type(second) is Offer
-    assert (second.names, second.offsets, set(second.digests)) == (first.names, first.offsets, {""})
-    data = Path(second.handle.memory.decode()).read_bytes()
-    for name, start, mark in zip(first.names, first.offsets, first.digests, strict=True):
-        assert digest(data[start : start + 4 * int(np.prod(pusher._manifest[name][0]))]) == mark
+    assert (second.plan, second.index, second.digest) == (first.plan, first.index, "") == (pusher._plan.mark, 0, "")
+    assert digest(Path(second.handle.memory.decode()).read_bytes()) == first.digest
     pair[0].withdraw_buckets()
 
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_refused_by_name_before_anything_is_offered(pair: tuple[Any, RolloutPool], pusher: Pusher):
     pusher.push(4)
-    pusher._manifest = pusher._manifest | {"model.norm.weight": ((65,), "float32")}
+    pusher._plan = replanned(pusher._plan, {"model.norm.weight": ((65,), "float32")})
     with pytest.raises(WeightSyncError, match=r"model.norm.weight has shape \[65\], the engine's model has \[64\]"):
         pusher.push(5)
     assert gap(pair) < 1e-4 and not list(MEMORY.glob("raysys-twin-*"))
@@ -173,10 +169,10 @@ def test_a_handle_that_cannot_be_opened_is_our_error_and_a_whole_push_cures_it(p
 
     pusher.push(6)
     group, (member,) = pair[0], pair[1].workers
-    ray.get(member.handle.begin_update.remote(pusher._manifest))
+    ray.get(member.handle.begin_update.remote(pusher._plan))
     offer = ray.get(group.offer_bucket(0, FileSender, {1}))[1]
     lost = replace(offer, handle=replace(offer.handle, memory=b"/dev/shm/raysys-nothing"))
-    with pytest.raises(WeightSyncError, match=f"could not load the bucket from {offer.names[0]} on: .*raysys-nothing"):
+    with pytest.raises(WeightSyncError, match=r"could not load bucket 0 \(from .* on\): .*raysys-nothing"):
         ray.get(member.handle.update.remote(lost))
     assert pusher.push(7).parity_gap < 1e-4 and gap(pair) < 1e-4
 
@@ -191,8 +187,8 @@ class Twin:
         self.listeners, self.log = listeners, []
         self.parts: dict[int, Any] = {}
 
-    def bucket_plan(self, max_bytes: int) -> tuple[dict[str, Any], int]:
-        return dict.fromkeys("abcd", ((2,), "float32")), 4
+    def bucket_plan(self, max_bytes: int) -> Plan:
+        return PLAN
 
     def memory(self) -> str:
         return ""
@@ -202,9 +198,9 @@ class Twin:
 
         assert sender is IpcSender
         if index >= 2:  # the memory of the one before the last is taken back by this
-            assert "abcd"[index - 2] in [name for name, _ in ray.get(self.listeners[0].seen.remote())]
+            assert index - 2 in [heard for heard, _ in ray.get(self.listeners[0].seen.remote())]
         self.log.append((index, set(readers)))
-        mine = replace(bucket("abcd"[index]), digests=(f"digest-{index}",))
+        mine = Bucket(PLAN.mark, index, f"digest-{index}")
         offers = [Offer(**vars(mine), handle=handle(f"rank {rank}")) for rank in range(2)]
         return [self.parts.get(rank) or ray.put(offer if rank in readers else mine) for rank, offer in enumerate(offers)]
 
@@ -218,28 +214,28 @@ class Twin:
 class Listener:
     """Takes offers; dies of the bucket `poison`."""
 
-    def __init__(self, poison: str = ""):
-        self.heard: list[tuple[str, str]] = []
+    def __init__(self, poison: int = -1):
+        self.heard: list[tuple[int, str]] = []
         self._poison = poison
 
     def limits(self) -> dict[str, int]:
         return {"vocabulary": 50, "length": 10}
 
-    def begin_update(self, manifest: Any) -> None:
-        return None
+    def begin_update(self, plan: Any) -> None:
+        assert plan == PLAN
 
     def update(self, offer: Offer) -> None:
-        if offer.names[0] == self._poison:
+        if offer.index == self._poison:
             os._exit(1)
-        self.heard.append((offer.names[0], offer.handle.device))
+        self.heard.append((offer.index, offer.handle.device))
 
-    def finish_update(self, version: int) -> dict[str, str]:
-        return {}
+    def finish_update(self, version: int) -> list[str]:
+        return [""] * 4
 
     def probe(self, ids: Any) -> np.ndarray:
         return np.zeros(len(ids) - 1, np.float32)
 
-    def seen(self) -> list[tuple[str, str]]:
+    def seen(self) -> list[tuple[int, str]]:
         return self.heard
 
 
@@ -268,7 +264,7 @@ class Room:
         self.lost.append(f"{member.name}: {cause}")
 
 
-def twin(cluster: Any, *poisons: str) -> tuple[Twin, Room]:
+def twin(cluster: Any, *poisons: int) -> tuple[Twin, Room]:
     """Trainer and pool, of listeners that die of these buckets."""
     listeners = [cluster.remote(Listener).options(num_cpus=0).remote(poison) for poison in poisons]
     return Twin(listeners), Room(listeners)
@@ -279,21 +275,21 @@ def twin_pusher(trainer: Twin, pool: Room, seconds: float = 30) -> Pusher:
 
 
 def test_each_engine_is_served_by_its_rank_two_buckets_are_alive_and_none_afterwards(cluster: Any):
-    trainer, pool = twin(cluster, "", "")
+    trainer, pool = twin(cluster, -1, -1)
     result = twin_pusher(trainer, pool).push(1)
     assert trainer.log == [(0, {0, 1}), (1, {0, 1}), (2, {0, 1}), (3, {0, 1}), "withdraw"]
     heard = cluster.get([listener.seen.remote() for listener in trainer.listeners])
-    assert heard == [[(name, f"rank {rank}") for name in "abcd"] for rank in (1, 0)]
-    assert result.fingerprint == fingerprint({name: f"digest-{index}" for index, name in enumerate("abcd")})
+    assert heard == [[(index, f"rank {rank}") for index in range(4)] for rank in (1, 0)]
+    assert result.fingerprint == fingerprint(PLAN.mark, [f"digest-{index}" for index in range(4)])
     assert pool.current == ["worker 0", "worker 1"] and not pool.lost
 
 
 def test_an_engine_that_dies_in_a_push_is_given_up_and_its_rank_offers_nothing_more(cluster: Any):
-    trainer, pool = twin(cluster, "", "b")
+    trainer, pool = twin(cluster, -1, 1)
     twin_pusher(trainer, pool).push(1)
     assert trainer.log[-2:] == [(3, {1}), "withdraw"] and pool.current == ["worker 0"]
     assert len(pool.lost) == 1 and pool.lost[0].startswith("worker 1: worker 1 died during 'update'")
-    assert cluster.get(trainer.listeners[0].seen.remote()) == [(name, "rank 1") for name in "abcd"]
+    assert cluster.get(trainer.listeners[0].seen.remote()) == [(index, "rank 1") for index in range(4)]
 
 
 def test_a_rank_that_fails_or_is_late_stops_the_push_as_the_trainer_and_costs_no_engine(cluster: Any):
@@ -306,7 +302,7 @@ def test_a_rank_that_fails_or_is_late_stops_the_push_as_the_trainer_and_costs_no
         async def part(self) -> None:
             await asyncio.sleep(600)
 
-    trainer, pool = twin(cluster, "", "")
+    trainer, pool = twin(cluster, -1, -1)
     trainer.parts = {1: fails.remote()}
     with pytest.raises(InfrastructureError, match=r"the trainer .*'update'.*out of memory"):
         twin_pusher(trainer, pool).push(1)
@@ -324,9 +320,9 @@ def test_an_offer_is_kept_until_two_more_are_made_and_all_are_freed_at_the_end()
     import torch
 
     sender, alive = FileSender(), []
-    for name in "abc":
+    for index in range(3):
         packed = torch.zeros(8, dtype=torch.uint8)
-        assert sender.offer(bucket(name), packed).names == (name,)
+        assert sender.offer(Bucket(PLAN.mark, index, ""), packed).index == index
         alive.append(weakref.ref(packed))
         del packed
     gc.collect()
@@ -363,7 +359,7 @@ def test_what_torch_shares_is_what_the_engine_opens_and_only_on_the_same_gpu(mon
     monkeypatch.setattr(reductions, "reduce_tensor", lambda tensor: (None, tuple(shared.values())))
     monkeypatch.setattr(reductions, "rebuild_cuda_tensor", lambda *arguments: found.update(zip(names, arguments, strict=True)))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU-{torch.device(device)}"))
-    made = IpcSender().offer(bucket("a"), packed).handle
+    made = IpcSender().offer(Bucket(PLAN.mark, 0, ""), packed).handle
     assert made.device == "GPU-cpu" and json.dumps([value for value in vars(made).values() if not isinstance(value, bytes)])
     engine_backend.opened(replace(made, device="GPU-cuda:5"), torch.device("cuda", 5))  # to each process its GPUs' own numbers
     assert found == shared | {"storage_device": 5}
@@ -373,9 +369,8 @@ def test_what_torch_shares_is_what_the_engine_opens_and_only_on_the_same_gpu(mon
 
 def test_an_offer_that_was_not_announced_is_refused_and_nothing_is_asked_of_the_engine():
     receiver = IpcReceiver()
-    receiver._announced = {"a": ((2,), "float32")}
-    with pytest.raises(WeightSyncError, match=r"tensor b came as \[2\] float32, announced was None"):
-        asyncio.run(receiver.update(None, Offer(**vars(bucket("b")), handle=handle())))
+    with pytest.raises(WeightSyncError, match=f"bucket 1 is one of plan {PLAN.mark}, announced was none"):
+        asyncio.run(receiver.update(None, Offer(PLAN.mark, 1, "", handle())))
 
 
 def test_impossible_backends_get_one_line_with_the_key():

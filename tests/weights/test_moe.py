@@ -27,7 +27,7 @@ class MovingMixture(MovingModel):
 
     def __init__(self, model: MoeDecoder):
         self.model = model  # type: ignore[assignment]
-        self.names, self.asked, self.lie = [], 0, None
+        self.layouts, self.asked, self.lie = [], 0, None
 
     def state(self) -> dict[str, torch.Tensor]:
         return dict(hub_tensors(self.model))  # type: ignore[arg-type]

@@ -6,12 +6,13 @@ import asyncio
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from raysys.batch import Bucket
+from raysys.buckets import Bucket, Layout, Plan
 from raysys.config.parts import Deadlines, Rollout, Weights
 from raysys.config.runs import NewModel
 from raysys.errors import WeightSyncError
@@ -20,17 +21,7 @@ from raysys.rollout.worker import RolloutWorker
 from raysys.weights.nccl import NcclReceiver, NcclSender
 from raysys.weights.push import Pusher
 
-
-def header(model: Any) -> Bucket:
-    state = model.state_dict()
-    return Bucket(
-        names=tuple(state),
-        shapes=tuple(tuple(tensor.shape) for tensor in state.values()),
-        dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for tensor in state.values()),
-        offsets=(0,) * len(state),
-        digests=("",) * len(state),
-        data=np.zeros(0, np.uint8),
-    )
+PLAN = Plan.of([Layout.of({"a": ((2,), "float32", 8)}), Layout.of({"b": ((3,), "float32", 12)})])
 
 
 @pytest.mark.gpu
@@ -60,10 +51,11 @@ def test_weights_reach_an_engine_on_another_gpu(tmp_path: Path, monkeypatch: pyt
         torch.cuda.set_device(1)
         opened = asyncio.create_task(asyncio.to_thread(NcclSender, "127.0.0.1", port, 2))
         await worker._receiver.join(worker._engine, "127.0.0.1", port, 1, 2)
-        sender, bucket = await opened, header(model)
-        await worker.begin_update({name: (shape, dtype) for name, shape, dtype in zip(bucket.names, bucket.shapes, bucket.dtypes)})
-        sending = asyncio.create_task(asyncio.to_thread(sender.send, model.state_dict().items()))
-        await worker.update(bucket)
+        sender, state = await opened, model.state_dict()
+        plan = Plan.of([Layout.of({name: (tensor.shape, "bfloat16", tensor.nbytes) for name, tensor in state.items()})])
+        await worker.begin_update(plan)
+        sending = asyncio.create_task(asyncio.to_thread(sender.send, state.items()))
+        await worker.update(Bucket(plan.mark, 0, ""))
         await sending
         await worker.finish_update(1)
         found = await worker.probe(ids)
@@ -78,12 +70,12 @@ def test_weights_reach_an_engine_on_another_gpu(tmp_path: Path, monkeypatch: pyt
 
 def test_a_header_that_was_not_announced_is_refused_and_nothing_is_asked_of_the_engine():
     receiver = NcclReceiver()
-    receiver._announced = {"a": ((2,), "float32")}
-    bucket = Bucket(("b",), ((2,),), ("float32",), (0,), ("",), np.zeros(0, np.uint8))
-    with pytest.raises(WeightSyncError, match=r"tensor b came as \[2\] float32, announced was None"):
-        asyncio.run(receiver.update(None, bucket))
-    with pytest.raises(WeightSyncError, match="cannot be compared on the host"):
-        asyncio.run(receiver.differing(None, bucket))
+    with pytest.raises(WeightSyncError, match=f"bucket 1 is one of plan {PLAN.mark}, announced was none"):
+        asyncio.run(receiver.update(None, Bucket(PLAN.mark, 1, "")))
+    receiver._mark, receiver._layouts = PLAN.mark, PLAN.layouts()
+    engine: Any = SimpleNamespace(collective_rpc=None)
+    with pytest.raises(WeightSyncError, match="cannot be read on the host"):
+        asyncio.run(receiver.differing(engine, Bucket(PLAN.mark, 1, "")))
 
 
 def _put(value: Any) -> Any:
@@ -100,7 +92,7 @@ class Twin:
         self.weight = 0.0
 
     def bucket_plan(self, max_bytes: int):
-        return {"a": ((2,), "float32"), "b": ((3,), "float32")}, 2
+        return PLAN
 
     def meeting_point(self):
         return "127.0.0.1", 7
@@ -109,12 +101,9 @@ class Twin:
         self.log.append(("open", sender, *group))
         return _put(None)
 
-    def bucket_header(self, index: int):
-        return _put("ab"[index])
-
     def send_bucket(self, index: int):
         self.log.append(("send", index))
-        return [_put({"ab"[index]: f"digest-{index}-{self.weight}"}), _put({})]
+        return [_put(f"digest-{index}-{self.weight}"), _put("")]
 
     def probe_logprobs(self, ids: Any):
         return np.zeros(len(ids) - 1, np.float32)
@@ -127,14 +116,14 @@ class Listener:
     def join(self, *group: Any) -> None:
         self.log.append(("join", *group))
 
-    def begin_update(self, manifest: Any) -> None:
-        self.log.append(("begin", *manifest))
+    def begin_update(self, plan: Any) -> None:
+        self.log.append(("begin", plan.mark))
 
     def update(self, header: Any) -> None:
         self.log.append(("update", header))
 
-    def finish_update(self, version: int) -> dict[str, str]:
-        return {"a": "", "b": ""}
+    def finish_update(self, version: int) -> list[str]:
+        return ["", ""]
 
     def limits(self) -> dict[str, int]:
         return {"vocabulary": 50, "length": 10}
@@ -184,6 +173,6 @@ def test_a_broadcast_meets_once_tells_before_it_sends_and_marks_what_left(ray_he
         assert trainer.log[1:] == [("send", 0), ("send", 1)] * 3
         heard = ray.get([worker.seen.remote() for worker in workers])
         assert [log[1] for log in heard] == [("join", "127.0.0.1", 7, 1, 5), ("join", "127.0.0.1", 7, 3, 5)]
-        assert [entry for entry in heard[0] if entry[0] == "update"] == [("update", "a"), ("update", "b")] * 3
+        assert [entry for entry in heard[0] if entry[0] == "update"] == [("update", Bucket(PLAN.mark, index, "")) for index in (0, 1)] * 3
     finally:
         ray.shutdown()

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ import psutil
 import pytest
 
 from raysys.batch import Batch
+from raysys.buckets import UNDER_WAY, Placed
 from raysys.errors import InfrastructureError, WeightSyncError
 from raysys.rollout.results import Result, attach
 from raysys.rollout.spec import Sampling
 from raysys.runtime import get
 from raysys.weights.push import PROBE, Pusher, probe_ids
-from tests.weights.trainer import DEADLINES, Place, flipped, stale
+from tests.weights.trainer import DEADLINES, Place, flipped, replanned, stale
 
 TIED = False
 
@@ -48,7 +50,8 @@ def test_a_push_makes_the_engine_compute_with_the_new_weights(place: Place):
     after = place.pool.generate(ROW, SAMPLING)
     assert after.ragged("version_spans")[0].tolist() == [0, 4] and before.ragged("version_spans")[0].tolist() == [0, 0]
     assert not after.table.column("rollout_logprobs").equals(before.table.column("rollout_logprobs"))
-    assert not list(Path("/dev/shm").glob("raysys-push-*"))
+    files = list(Path("/dev/shm").glob(f"raysys-push-{place.pool.workers[0].facts['pid']}-*"))
+    assert len(files) == min(UNDER_WAY, len(pusher._layouts)), "the receiver's own, written again by each push"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +66,7 @@ def test_a_push_makes_the_engine_compute_with_the_new_weights(place: Place):
 def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(place: Place, change, message):
     place.pusher().push(5)
     pusher = place.pusher()
-    pusher._manifest = {name: entry for name, entry in (pusher._manifest | change).items() if entry is not None}
+    pusher._plan = replanned(pusher._plan, change)
     with pytest.raises(WeightSyncError, match=message):
         pusher.push(6)
     assert engine_gap(place) < 1e-4
@@ -77,17 +80,18 @@ def test_a_changed_byte_is_found_by_name_and_the_worker_waits_for_a_whole_push(p
     with pytest.raises(WeightSyncError, match=f"{name} arrived with other bytes"):
         place.pusher().push(7)
     place.trainer.lie = None
-    with pytest.raises(InfrastructureError, match=f"does not generate: tensor {name} arrived"):
+    with pytest.raises(InfrastructureError, match=r"does not generate: bucket \d+ \(from model.* on\) arrived with other bytes"):
         place.pool.generate(ROW, SAMPLING)
     assert place.pusher().push(8).parity_gap < 1e-4
     assert place.pool.generate(ROW, SAMPLING).ragged("version_spans")[0].tolist() == [0, 8]
 
 
 def test_a_bucket_that_cannot_be_read_is_our_error_and_the_next_push_cures_it(place: Place):
-    from dataclasses import replace
-
-    place.trainer.lie = lambda bucket: replace(bucket, data=bucket.data[:100])
-    with pytest.raises(WeightSyncError, match=r"could not load the bucket from .*see .*rollout-0.log"):
+    place.trainer.lie = lambda bucket, _: Placed(bucket.plan, bucket.index, bucket.digest, "/dev/shm/raysys-push-nowhere")
+    with pytest.raises(WeightSyncError, match=r"could not load bucket 0 \(from .* on\): .*No such file.*see .*rollout-0.log"):
+        place.pusher().push(9)
+    place.trainer.lie = lambda bucket, _: replace(bucket, data=bucket.data[:100])
+    with pytest.raises(WeightSyncError, match=r"bucket 0 \(from .* on\) came with 100 bytes, announced were \d+"):
         place.pusher().push(9)
     place.trainer.lie = None
     assert place.pusher().push(10).parity_gap < 1e-4 and engine_gap(place) < 1e-4
@@ -102,8 +106,8 @@ def test_parity_finds_what_digests_cannot(place: Place, name: str):
     pusher = place.pusher()
     original, asked = place.trainer.lie, place.trainer.asked
 
-    def honest_afterwards(bucket):
-        return original(bucket) if place.trainer.asked - asked <= pusher._count else bucket
+    def honest_afterwards(bucket, layout):
+        return original(bucket, layout) if place.trainer.asked - asked <= len(pusher._layouts) else bucket
 
     place.trainer.lie = honest_afterwards
     said = f"the first tensor that differs in the engine is {name}" if "norm" in name else "every tensor that can be read back is equal"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,9 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from raysys.batch import Bucket
+from raysys.buckets import Layout, Packed, Plan, digest
 from raysys.config.parts import Deadlines, Weights
 from raysys.rollout.pool import RolloutPool
-from raysys.weights.digest import digest
 from raysys.weights.push import Pusher
 
 DEADLINES = Deadlines(placement=60, start=200, generate=60, push=60, heartbeat=20)
@@ -27,7 +26,7 @@ class MovingModel:
 
     def __init__(self, folder: str):
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.names: list[list[str]] = []
+        self.layouts: list[Layout] = []
         self.asked = 0
         self.lie: Any = None
 
@@ -41,25 +40,18 @@ class MovingModel:
         """Tensors by their Hugging Face names."""
         return self.model.state_dict()
 
-    def bucket_plan(self, max_bytes: int) -> tuple[dict[str, tuple[tuple[int, ...], str]], int]:
-        state = self.state()
-        names = list(state)
-        self.names = [names[start : start + 5] for start in range(0, len(names), 5)]
-        return {name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in state.items()}, len(self.names)
+    def bucket_plan(self, max_bytes: int) -> Plan:
+        entries = {name: (tuple(tensor.shape), "float32", tensor.nbytes) for name, tensor in self.state().items()}
+        names = list(entries)
+        self.layouts = [Layout.of({name: entries[name] for name in names[start : start + 5]}) for start in range(0, len(names), 5)]
+        return Plan.of(self.layouts)
 
-    def bucket(self, index: int) -> Bucket:
-        state = self.state()
-        names = self.names[index]
-        pieces = [state[name].contiguous().flatten().view(torch.uint8).numpy() for name in names]
-        offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])])
-        return Bucket(
-            names=tuple(names),
-            shapes=tuple(tuple(state[name].shape) for name in names),
-            dtypes=tuple("float32" for _ in names),
-            offsets=tuple(int(offset) for offset in offsets[:-1]),
-            digests=tuple(digest(piece) for piece in pieces),
-            data=np.concatenate(pieces),
-        )
+    def bucket(self, index: int) -> Packed:
+        state, layout = self.state(), self.layouts[index]
+        data = np.zeros(layout.nbytes, np.uint8)
+        for name, start, size in zip(layout.names, layout.offsets, layout.sizes, strict=True):
+            data[start : start + size] = raw(state[name])
+        return Packed(Plan.of(self.layouts).mark, index, digest(data), data)
 
     def memory(self) -> str:
         return ""
@@ -68,7 +60,10 @@ class MovingModel:
         assert not in_place, "no worker sees this trainer's memory"
         self.asked += 1
         bucket = self.bucket(index)
-        return ray.put(self.lie(bucket) if self.lie is not None else bucket)
+        return ray.put(self.lie(bucket, self.layouts[index]) if self.lie is not None else bucket)
+
+    def tensor_digests(self, index: int) -> list[str]:
+        return self.layouts[index].digests(self.bucket(index).data)
 
     def probe_logprobs(self, ids: Sequence[int]) -> np.ndarray:
         tokens = torch.tensor([list(ids)])
@@ -84,31 +79,39 @@ class MovingModel:
 
 
 def flipped(name: str) -> Any:
-    """A `lie`: one bit of `name` changes after its digest was taken."""
+    """A `lie`: one bit of `name` changes after the digest was taken."""
 
-    def lie(bucket: Bucket) -> Bucket:
-        if name not in bucket.names:
+    def lie(bucket: Packed, layout: Layout) -> Packed:
+        if name not in layout.names:
             return bucket
         data = bucket.data.copy()
-        data[bucket.offsets[bucket.names.index(name)] + 1] ^= 1
+        data[layout.offsets[layout.names.index(name)] + 1] ^= 1
         return dataclasses.replace(bucket, data=data)
 
     return lie
 
 
 def stale(name: str, old: torch.Tensor) -> Any:
-    """A `lie` with right digests: the engine gets the old value of `name`."""
+    """A `lie` with the right digest: the engine gets the old value of `name`."""
 
-    def lie(bucket: Bucket) -> Bucket:
-        if name not in bucket.names:
+    def lie(bucket: Packed, layout: Layout) -> Packed:
+        if name not in layout.names:
             return bucket
-        at, piece = bucket.names.index(name), old.contiguous().flatten().view(torch.uint8).numpy()
-        data, digests = bucket.data.copy(), list(bucket.digests)
-        data[bucket.offsets[at] : bucket.offsets[at] + len(piece)] = piece
-        digests[at] = digest(piece)
-        return dataclasses.replace(bucket, data=data, digests=tuple(digests))
+        data, start = bucket.data.copy(), layout.offsets[layout.names.index(name)]
+        data[start : start + old.nbytes] = raw(old)
+        return dataclasses.replace(bucket, data=data, digest=digest(data))
 
     return lie
+
+
+def raw(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
+
+
+def replanned(plan: Plan, change: Mapping[str, Any]) -> Plan:
+    """Names, shapes and dtypes otherwise than they are: each (shape, dtype) by name, None for a tensor that is left out."""
+    manifest = {name: entry for name, entry in (plan.manifest() | change).items() if entry is not None}
+    return Plan.of([Layout.of({name: (*entry, 4) for name, entry in manifest.items()})])
 
 
 @dataclass
