@@ -10,7 +10,7 @@ from typing import Any
 from tests.bench import gopd_step
 
 SIZES = {"hidden_size": 512, "layers": 8, "heads": 8, "kv_heads": 8, "head_dim": 64, "ffn_size": 1728, "initializer_range": 0.04}
-DEFAULTS: dict[str, Any] = {"steps": 10, "skip": 3, "batch": 64, "max_age": 0, "model": SIZES}
+DEFAULTS: dict[str, Any] = {"steps": 8, "skip": 2, "batch": 256, "max_age": 0, "model": SIZES}
 
 
 def run(steps: int, skip: int, batch: int, max_age: int, model: dict[str, Any]) -> dict[str, Any]:
