@@ -306,11 +306,14 @@ def connect() -> None:
     import ray
     import ray.exceptions
 
+    from raysys import head
+
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     address = os.environ.get("RAY_ADDRESS", "")
     if not address:
         # CPUs are bookkeeping here: a laptop's actors take turns, so a small machine may hold all of them.
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        for name, value in head.small_machine().items():
+            os.environ.setdefault(name, value)
         ray.init(address="local", num_cpus=max(8, os.cpu_count() or 1), include_dashboard=False, **quiet)
         return
     try:
