@@ -20,6 +20,7 @@ from raysys.data.text import identity, load_tokenizer
 from raysys.errors import ConfigError, DataError
 from raysys.evaluation.harness import check_harness
 from raysys.job import RUNS_VARIABLE
+from raysys.pretraining_points import Storage
 from raysys.scoring import verifiers
 
 
@@ -82,8 +83,10 @@ def check_local_text(config: LocalTextConfig) -> None:
 
 
 def check_pretrain_moe(config: PretrainMoeConfig) -> None:
-    """Tokenizer, sources, and the folder that the run starts from. Raises ConfigError or DataError."""
+    """Tokenizer, sources, where resume points go, and the folder that the run starts from. Raises ConfigError or DataError."""
     vocabulary = vocabulary_of(config)
+    if config.storage is not None:
+        Storage.of(Path("run"), config.storage).check()
     for label, source in found_here(config.data).sources.items():
         plan_units(source, label, config.data.unit_bytes, config.data.longest_row)
     if config.start is None:

@@ -52,9 +52,9 @@ def write_shared_json(path: Path, record: Mapping[str, Any] | Sequence[Any]) -> 
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file holds the old text or the new one, never half of it."""
+    """The file holds the old text or the new one, never half of it. Raises CheckpointError."""
     draft = path.with_name(f".{path.name}.draft")
-    with open(draft, "w", encoding="utf-8") as file:
+    with writing(path), open(draft, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

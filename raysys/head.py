@@ -31,13 +31,6 @@ from raysys.errors import ConfigError, InfrastructureError
 
 PORT_KNOB = "RAYSYS_DASHBOARD_PORT"
 STORE_KNOB = "RAYSYS_OBJECT_STORE_GIB"
-SLOW_MACHINES = {
-    # Otherwise the first driver makes one idle worker per logical CPU, which costs a small machine ten seconds.
-    "RAY_prestart_worker_first_driver": "0",
-    # A raylet ends itself when its agents are not up within 30 s; on a busy small machine they need longer to import.
-    "RAY_agent_register_timeout_ms": "120000",
-}
-"""What a node's processes need in their environment so that they start on a machine with two busy cores."""
 _GIB = 1 << 30
 
 
@@ -288,7 +281,19 @@ def _head_environment(token: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        **SLOW_MACHINES,
+        **small_machine(),
+    }
+
+
+def small_machine() -> dict[str, str]:
+    """What a node's processes need in their environment on a machine with few cores that says it has more, for actors' bookkeeping."""
+    return {
+        # Otherwise the first driver makes one idle worker per logical CPU, which costs a small machine ten seconds.
+        "RAY_prestart_worker_first_driver": "0",
+        # As many idle workers stay; by default one per logical CPU: a dozen processes that nobody needs, of which Ray then warns.
+        "RAY_num_workers_soft_limit": str(os.cpu_count() or 1),
+        # A raylet ends itself when its agents are not up within 30 s; on a busy small machine they need longer to import.
+        "RAY_agent_register_timeout_ms": "120000",
     }
 
 

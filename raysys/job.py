@@ -6,6 +6,7 @@ A job script is `sys.exit(job.main("gopd", GopdConfig))`; what it does lies in `
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -30,6 +31,7 @@ from raysys.ledger import Ledger
 from raysys.processes import die_with_parent
 
 if TYPE_CHECKING:
+    from raysys.pretraining_points import Storage
     from raysys.studies.ablation import Study
 
 log = logging.getLogger("raysys")
@@ -106,7 +108,9 @@ def main(job: str, kind: type[Kind], argv: Sequence[str] | None = None, studies:
 
 def _run(job: str, config: Kind, work: Callable[[Kind, Session], None]) -> int:
     folder = run_folder(job, config)
-    ledger = Ledger(folder, config, keep=getattr(config, "keep_checkpoints", 1))
+    storage = _storage(folder, config)
+    stored = None if storage is None else storage.step(folder)
+    ledger = Ledger(folder, config, getattr(config, "keep_checkpoints", 1), stored)
     try:
         if ledger.finished:
             log.info("%s is finished already; report: %s", folder, folder / "report.html")
@@ -153,7 +157,21 @@ def resume_points(job: str, config: Run) -> list[str]:
         *(folder / "ledger" / "shards").glob("*.json"),
         *(folder / "ledger" / "layers").glob("*.json"),
     ]
-    return sorted(path.name for path in parts)
+    names = [path.name for path in parts]
+    with contextlib.suppress(RaysysError):  # a storage that does not answer is told by the attempt itself
+        if storage := _storage(folder, config):
+            names += storage.names()
+    return sorted(names)
+
+
+def _storage(folder: Path, config: Run) -> Storage | None:
+    """Of the resume points of a run that has them outside of its folder."""
+    place = getattr(config, "storage", None)
+    if place is None:
+        return None
+    from raysys.pretraining_points import Storage
+
+    return Storage.of(folder, place, config.name)
 
 
 def report(folder: Path) -> None:
@@ -200,7 +218,10 @@ def run_folder(job: str, config: Run) -> Path:
     """
     if config.run_dir is not None:
         if "://" in config.run_dir:
-            raise ConfigError(f"run_dir={config.run_dir} is a URI, but resume points need a file system", "use a shared absolute path")
+            raise ConfigError(
+                f"run_dir={config.run_dir} is a URI, but resume points need a file system",
+                "use a shared absolute path; for resume points alone there is storage=",
+            )
         return _absolute(Path(config.run_dir))
     runs = _absolute(Path(os.environ.get(RUNS_VARIABLE, "runs")))
     if config.name is not None:
@@ -306,11 +327,14 @@ def connect() -> None:
     import ray
     import ray.exceptions
 
+    from raysys import head
+
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     address = os.environ.get("RAY_ADDRESS", "")
     if not address:
         # CPUs are bookkeeping here: a laptop's actors take turns, so a small machine may hold all of them.
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+        for name, value in head.small_machine().items():
+            os.environ.setdefault(name, value)
         ray.init(address="local", num_cpus=max(8, os.cpu_count() or 1), include_dashboard=False, **quiet)
         return
     try:

@@ -49,20 +49,21 @@ class Ledger:
         run_dir: the run's folder; made if missing.
         config: the resolved config; its `identity()` must equal that of a run already there.
         keep: resume points that stay on disk.
+        stored: steps at the newest resume point of a run that keeps them elsewhere (`storage`); null: they are in the run's folder.
 
     Raises:
         ConfigError: the folder belongs to a run with another identity (names the keys), or is open elsewhere (names pid and host).
     """
 
-    def __init__(self, run_dir: Path, config: Config, keep: int = 2):
+    def __init__(self, run_dir: Path, config: Config, keep: int = 2, stored: int | None = None):
         self.run_dir, self.keep = run_dir, keep
         self._config = config
         for folder in ("ledger", "checkpoints", "export"):
             (run_dir / folder).mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
         self._check_identity()
-        self.resume_point = newest_point(run_dir)
-        self.step = _manifest(self.resume_point)["step"] if self.resume_point else 0
+        self.resume_point = newest_point(run_dir) if stored is None else None
+        self.step = stored or (_manifest(self.resume_point)["step"] if self.resume_point else 0)
         self.committed = self.step
         """Steps that are recorded; those beyond the resume point are done again after a crash."""
         if not self.finished:
@@ -167,9 +168,9 @@ class Ledger:
 
     def _check_identity(self) -> None:
         path = self.run_dir / "config.yaml"
-        now = self._config.identity()
+        now = _lasting(self._config)
         if path.is_file():
-            before = type(self._config).parse(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path)).identity()
+            before = _lasting(type(self._config).parse(yaml.safe_load(path.read_text(encoding="utf-8")), source=str(path)))
             changed = differing_keys(before, now)
             if changed:
                 self.close()
@@ -189,6 +190,11 @@ class Ledger:
             cut_lines(self.run_dir / name, self.step)
         if self.step:
             log.info("resuming %s at step %d", self.run_dir, self.step)
+
+
+def _lasting(config: Config) -> dict[str, Any]:
+    """What must stay as it is for a run to go on: what it learns, and where its resume points are."""
+    return config.identity() | {"storage": getattr(config, "storage", None)}
 
 
 def newest_point(run_dir: Path) -> Path | None:

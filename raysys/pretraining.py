@@ -23,10 +23,10 @@ from raysys.checks import found_here, local_or_id, vocabulary_of
 from raysys.config.pretraining import LocalTextConfig, PretrainMoeConfig
 from raysys.data.token_cache import TokenCache
 from raysys.data.token_plan import check_same
-from raysys.errors import InfrastructureError, RaysysError
+from raysys.errors import CheckpointError, InfrastructureError, RaysysError
 from raysys.files import read_json_lines, write_atomically, write_json
-from raysys.ledger import newest_point
-from raysys.pretraining_work import FAILURE, Work, work
+from raysys.pretraining_points import Storage
+from raysys.pretraining_work import Work, work
 from raysys.report.live import Live
 from raysys.report.progress import Progress
 from raysys.runtime import compute_environment, first_cause, waits
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("raysys")
 
-SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Ray Train's record of a run's checkpoints."""
 RESIZE_SECONDS = 20.0
 """That ranks whose number may change wait for places that were there a moment ago."""
 
@@ -56,7 +54,9 @@ def run_pretrain_moe(config: PretrainMoeConfig, session: Session) -> None:
         start = local_or_id(config.start) if config.start else None
         spec = PretrainSpec(config, vocabulary_of(config), start, hardware.device, hardware.dtype)
         stack.enter_context(_shown(config, session, cache))
-        _fit(Work(spec, session.folder, session.job, data.tokenizer, cache.path, cache.plan.name), config, hardware)
+        storage = Storage.of(session.folder, config.storage, config.name)
+        _fit(Work(spec, session.folder, session.job, data.tokenizer, cache.path, cache.plan.name, storage), config, hardware)
+    storage.keep(config.keep_checkpoints)
     session.ledger.finish(config.steps)
     log.info("weights: %s", session.folder / "export")
 
@@ -106,10 +106,10 @@ def _fit(task: Work, config: PretrainMoeConfig, hardware: Hardware) -> None:
     elastic = ranks[0] < ranks[1]
     # An elastic group that finds no room was sized for a node that is gone, and is sized anew; a fixed one waits for the autoscaler.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(RESIZE_SECONDS if elastic else config.deadlines.placement)
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # a resume point counts when Ray Train has looked at all ranks after it
     environment = compute_environment(config.trainer.threads) | {
         "DS_ACCELERATOR": "cuda" if gpu else "cpu",
         "LOCAL_SIZE": "1",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     }
     trainer = TorchTrainer(
         work,
@@ -122,8 +122,8 @@ def _fit(task: Work, config: PretrainMoeConfig, hardware: Hardware) -> None:
             elastic_resize_monitor_interval_s=5.0,
         ),
         run_config=RunConfig(
-            name="checkpoints",
-            storage_path=str(task.folder),
+            name=task.storage.name,
+            storage_path=task.storage.path,
             failure_config=FailureConfig(
                 max_failures=config.trainer.restarts, controller_failure_limit=config.trainer.restarts if elastic else 0
             ),
@@ -131,32 +131,25 @@ def _fit(task: Work, config: PretrainMoeConfig, hardware: Hardware) -> None:
             worker_runtime_env={"env_vars": environment},
         ),
     )
-    failure = task.folder / "ledger" / FAILURE
-    failure.unlink(missing_ok=True)
-    _begin_anew(task.folder)
+    task.failure.unlink(missing_ok=True)
+    task.storage.begin_anew()
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise _told(failure) or _cause(error) from error
-    if found := _told(failure):
+        raise _told(task.failure) or _cause(error) from error
+    if found := _told(task.failure):
         raise found
-
-
-def _begin_anew(folder: Path) -> None:
-    """Leaves of earlier attempts the newest complete resume point alone. Where to go on is read from the folders: Ray Train's own record
-    may miss the newest, and with one that is gone it would not start."""
-    newest = newest_point(folder)
-    for path in (folder / "checkpoints").glob("step_*"):
-        if path != newest:
-            shutil.rmtree(path, ignore_errors=True)
-    (folder / "checkpoints" / SNAPSHOT).unlink(missing_ok=True)
 
 
 def _told(failure: Path) -> RaysysError | None:
     """What a worker wrote down of an error that starting again would only repeat."""
     for _, record in read_json_lines(failure):
         return getattr(errors, record["kind"])(record["message"], record["remedy"])
-    return None
+    if not failure.is_file():
+        return None
+    folder = failure.parent.parent
+    free = shutil.disk_usage(folder).free >> 20
+    return CheckpointError(f"{folder} takes no more files ({free} MiB are free there)", "make room; the newest resume point is intact")
 
 
 def _cause(error: Any) -> RaysysError:
@@ -178,7 +171,7 @@ def _cause(error: Any) -> RaysysError:
 @contextmanager
 def _shown(config: PretrainMoeConfig, session: Session, cache: TokenCache) -> Iterator[None]:
     """Progress lines and the live status, from what rank 0 writes."""
-    follower = _Follower(session.folder / "metrics.jsonl", Progress(config.steps))
+    follower = _Follower(session.folder / "metrics.jsonl", Progress(config.steps), session.ledger.step)
 
     def status() -> dict[str, Any]:
         follower.read()
@@ -187,7 +180,7 @@ def _shown(config: PretrainMoeConfig, session: Session, cache: TokenCache) -> It
             "run": session.folder.name,
             "submission_id": session.submission_id,
             "step": follower.step,
-            "phase": "train" if follower.step else "start",
+            "phase": "train" if follower.step > session.ledger.step else "start",
             "waits": waits(),
             "data": cache.progress(),
             "trainers": [f"trainer rank {rank}" for rank in range(config.trainer.most)],
@@ -201,10 +194,10 @@ def _shown(config: PretrainMoeConfig, session: Session, cache: TokenCache) -> It
 
 
 class _Follower:
-    """Shows each new line of a run's metrics."""
+    """Shows each new line of a run's metrics, from a step on."""
 
-    def __init__(self, path: Path, progress: Progress):
-        self._path, self._progress, self._place, self.step = path, progress, 0, 0
+    def __init__(self, path: Path, progress: Progress, step: int):
+        self._path, self._progress, self._place, self.step = path, progress, 0, step
 
     def read(self) -> None:
         """What has come since the last call."""

@@ -6,7 +6,6 @@ import contextlib
 import math
 import os
 import shutil
-import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ import numpy as np
 from raysys.data.shards import Split
 from raysys.data.text import load_tokenizer
 from raysys.data.token_stream import Packed, TokenStream
-from raysys.errors import InfrastructureError, NumericsError, RaysysError
+from raysys.errors import CheckpointError, InfrastructureError, NumericsError, RaysysError
 from raysys.files import append_json, write_json
-from raysys.ledger import MANIFEST, PER_STEP_FILES, cut_lines, newest_point
+from raysys.ledger import MANIFEST, PER_STEP_FILES, cut_lines
+from raysys.pretraining_points import Carrier, Storage, scratch, sweep, tell
 from raysys.report.metrics import MetricsWriter
 from raysys.runtime import Stopwatch
 from raysys.training.pretrain_spec import PretrainSpec, Sequences
@@ -42,6 +42,13 @@ class Work:
     """Folder or URI of the tokens."""
     plan: str
     """Their order; see `raysys.data.token_stream.TokenStream`."""
+    storage: Storage
+    """Of resume points."""
+
+    @property
+    def failure(self) -> Path:
+        """Where a rank writes down what starting again would only repeat."""
+        return self.folder / "ledger" / FAILURE
 
 
 def work(settings: dict[str, Any]) -> None:
@@ -54,9 +61,9 @@ def work(settings: dict[str, Any]) -> None:
     context = train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    failure = task.folder / "ledger" / FAILURE
-    if failure.is_file():  # another worker's, of the attempt before
+    if task.failure.is_file():  # another worker's, of the attempt before
         return
+    sweep(task.spec.config.trainer.scratch)
     pretrainer = Pretrainer(task.spec)
     try:
         _resume(pretrainer, task)
@@ -66,7 +73,7 @@ def work(settings: dict[str, Any]) -> None:
     except InfrastructureError:
         raise
     except RaysysError as error:  # the same again, however often it is tried
-        append_json(failure, {"kind": type(error).__name__, "message": error.message, "remedy": error.remedy})
+        tell(task.failure, error)
         if not isinstance(error, NumericsError):  # which all ranks have at once; of another one the others know nothing
             raise
 
@@ -75,15 +82,14 @@ def _resume(pretrainer: Pretrainer, work: Work) -> None:
     """Back to the newest complete resume point; what is recorded of later steps goes."""
     from torch import distributed
 
-    point = newest_point(work.folder)
+    point, first = work.storage.newest(), pretrainer.rank == 0
     distributed.barrier()  # nobody removes what another has yet to look at
-    if pretrainer.rank == 0:
-        for path in (work.folder / "checkpoints").glob("step_*"):
-            if point is None or path.name > point.name:
-                shutil.rmtree(path, ignore_errors=True)
+    if first:
+        work.storage.clear(lambda name: point is not None and name <= point)
     if point is not None:
-        pretrainer.load(point / "trainer")
-    if pretrainer.rank == 0:
+        with work.storage.opened(point, work.folder, first, distributed.barrier) as folder:
+            pretrainer.load(folder / "trainer")
+    if first:
         for name in (*PER_STEP_FILES, ROUTERS):
             cut_lines(work.folder / name, pretrainer.step_index)
 
@@ -93,6 +99,7 @@ def _train(pretrainer: Pretrainer, work: Work, stack: ExitStack) -> None:
     config, watch = work.spec.config, Stopwatch()
     stream = stack.enter_context(contextlib.closing(_stream(pretrainer, work)))
     writer = stack.enter_context(MetricsWriter(work.folder, work.job, work.folder.name)) if pretrainer.rank == 0 else None
+    carrier = Carrier(work.storage, work.folder, work.failure, config.deadlines.checkpoint)
     for step in range(pretrainer.step_index, config.steps):
         with watch("data"):
             passes = [joined(stream.take(step * config.accumulation + number)) for number in range(config.accumulation)]
@@ -109,7 +116,7 @@ def _train(pretrainer: Pretrainer, work: Work, stack: ExitStack) -> None:
             writer.write(_record(step, metrics, watch.lap(), stream, pretrainer))
         if done % config.checkpoint_every == 0 or done == config.steps:
             with watch("checkpoint"):
-                _checkpoint(pretrainer, metrics)
+                _checkpoint(pretrainer, carrier, metrics)
 
 
 def _record(step: int, metrics: dict[str, Any], seconds: dict[str, float], stream: TokenStream, pretrainer: Pretrainer) -> dict[str, Any]:
@@ -157,31 +164,34 @@ def _validate(pretrainer: Pretrainer, work: Work) -> float:
         return pretrainer.validate([joined(stream.take(number)) for number in range(passes)])
 
 
-def _checkpoint(pretrainer: Pretrainer, metrics: dict[str, Any]) -> None:
-    """Written here, and carried to the run's folder while training goes on."""
+def _checkpoint(pretrainer: Pretrainer, carrier: Carrier, metrics: dict[str, Any]) -> None:
+    """Written here, and carried to the run's storage while training goes on."""
     from ray import train
     from ray.train import Checkpoint, CheckpointUploadMode
     from torch import distributed
 
-    folder, step = Path(tempfile.mkdtemp(prefix="raysys-checkpoint-")), pretrainer.step_index
+    carrier.ready()
+    config, step = pretrainer.spec.config, pretrainer.step_index
+    folder = scratch(config.trainer.scratch)
     try:
         pretrainer.save(folder / "trainer")
-    except RaysysError:
+    except CheckpointError as error:
         shutil.rmtree(folder, ignore_errors=True)  # it would only help to keep a full disk full
-        raise
+        raise CheckpointError(error.message, "make room, or set trainer.scratch; the resume point before it is intact") from None
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     everyone: list[Any] = [files] * pretrainer.world
     distributed.all_gather_object(everyone, files)
     if pretrainer.rank == 0:
         whole = {name: size for part in everyone for name, size in part.items()}
         write_json(folder / "source.json", {"step": step})
-        write_json(folder / MANIFEST, {"step": step, "version": step, "files": whole})
+        write_json(folder / MANIFEST, {"step": step, "version": step, "run": str(carrier.run), "files": whole})
     numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float)) and math.isfinite(value)}
     train.report(
         numbers | {"step": step},
         checkpoint=Checkpoint.from_directory(str(folder)),
         checkpoint_dir_name=f"step_{step:08d}",
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=carrier.carry,
         delete_local_checkpoint_after_upload=True,
     )
 
@@ -190,12 +200,19 @@ def _export(pretrainer: Pretrainer, work: Work) -> None:
     """The stock folder, complete or not at all."""
     from torch import distributed
 
+    from raysys.training.checkpoint import full_disks
+
     final = work.folder / "export"
     draft = final.with_name(".draft_export")
     first = pretrainer.rank == 0
     if first:
         shutil.rmtree(draft, ignore_errors=True)
-    pretrainer.export(draft, load_tokenizer(work.tokenizer) if first else None)
+    try:
+        with full_disks(draft):
+            pretrainer.export(draft, load_tokenizer(work.tokenizer) if first else None)
+    except CheckpointError:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     if first:
         shutil.rmtree(final, ignore_errors=True)
         draft.rename(final)

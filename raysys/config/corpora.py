@@ -53,7 +53,7 @@ class Corpus(Config):
     cache: str | None = placed(None)
     """Folder or URI of the token cache, visible to all workers. Null: `tokens` in the run's folder."""
     tasks: PositiveInt | None = placed(None)
-    """Units that are made at the same time. Null: as many as there are CPUs free."""
+    """Units that are made at the same time. Null: as many as there are CPUs free; on one machine by itself no more than it has cores."""
     ahead: PositiveInt | None = placed(None)
     """Units made beyond those that training has come to, at most twice as many. Null: everything, as fast as it goes."""
     wait: PositiveFloat = placed(900.0)

@@ -109,6 +109,8 @@ class Ranks(Config):
     """CPU threads of a rank."""
     peak_tflops: PositiveFloat | None = placed(None)
     """Of one device in this dtype, by its data sheet: the run then records which share of it is used (MFU)."""
+    scratch: str | None = placed(None)
+    """Folder on each node's own disk where a rank writes its part of a resume point, to be carried away. Null: that of temporary files."""
     restarts: NonNegativeInt = placed(3)
     """Times that Ray Train starts its workers again after it lost one."""
 
@@ -160,6 +162,9 @@ class PretrainMoeConfig(Run):
     """Steps between looks at the routers: alignment, loads."""
     checkpoint_every: PositiveInt = placed(500)
     keep_checkpoints: PositiveInt = placed(2)
+    storage: str | None = placed(None, pattern=r"^(/|[a-z0-9]+://)")
+    """Where resume points are kept: an absolute folder, or a URI that pyarrow knows (s3://bucket/place, gs://, file://). A folder of the
+    run's name is made there. Null: `checkpoints` in the run's folder. What is small stays in that one, and so does the exported model."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -16,7 +16,7 @@ class Run(Config):
     name: str | None = placed(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Folder under `runs/`. Null: the job's name with the next free number."""
     run_dir: str | None = placed(None)
-    """Default `runs/<name>`. On a remote cluster: a shared absolute path or a URI."""
+    """Default `runs/<name>`. On a remote cluster: an absolute path that all nodes share."""
     seed: int = 0
     device: Literal["auto", "cpu", "gpu"] = placed("auto")
     price_per_device_hour: PositiveFloat | None = placed(None)

@@ -7,6 +7,7 @@ tokens go from task to shard file. What is there is published in a file that wor
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import threading
 import time
@@ -49,11 +50,19 @@ def with_ray_data(work: Work, units: Sequence[Unit], tasks: int | None) -> Gener
     tokenised: Any = (
         ray_data()
         .from_items(items, override_num_blocks=len(items))
-        .map_batches(partial(_task, work=work), batch_size=None, num_cpus=_CPUS, concurrency=tasks)
+        .map_batches(partial(_task, work=work), batch_size=None, num_cpus=_CPUS, concurrency=tasks or _cores())
     )
     tokenised.context.enable_progress_bars = False
     for batch in tokenised.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from (json.loads(text) for text in batch.column("made").to_pylist())
+
+
+def _cores() -> int | None:
+    """Those of a machine by itself that says it has more CPUs, for actors' bookkeeping: a task more is a process that waits for a core."""
+    import ray
+
+    nodes, cores = [node for node in ray.nodes() if node["Alive"]], os.cpu_count() or 1
+    return cores if len(nodes) == 1 and nodes[0]["Resources"].get("CPU", 0) > cores else None
 
 
 def _task(batch: Mapping[str, np.ndarray], work: Work) -> Iterator[pa.Table]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raysys.errors import CheckpointError
 from raysys.files import write_json
 from raysys.studies.ablation import SETTLED, Plan, Planned
 from raysys.studies.measures import Seen
@@ -117,6 +118,6 @@ def publish(plan: Plan) -> dict[str, Any]:
     parquet(summary, plan.folder / PARQUET)
     try:
         render_study(plan.folder)
-    except (OSError, ValueError, KeyError, TypeError, TemplateError) as error:
+    except (OSError, CheckpointError, ValueError, KeyError, TypeError, TemplateError) as error:
         log.warning("the study's report could not be written: %s: %s", type(error).__name__, error)
     return summary

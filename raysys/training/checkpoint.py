@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import distributed as dist
 
 from raysys.errors import CheckpointError
@@ -46,13 +47,15 @@ def save(engine: Rank, folder: Path) -> None:
 
 @contextmanager
 def full_disks(folder: Path) -> Iterator[None]:
-    """torch's writer says of a full disk that a position is not what it should be, as a RuntimeError like that of a lost peer."""
+    """torch's writer says of a full disk that a position is not what it should be, as a RuntimeError like that of a lost peer; that of
+    safetensors has an error of its own."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         first = str(error).partition("\n")[0]
-        if isinstance(error, OSError) or "inline_container" in first or "PytorchStreamWriter" in first:
-            free = shutil.disk_usage(folder).free >> 20
+        if isinstance(error, OSError) or any(sign in first for sign in ("inline_container", "PytorchStreamWriter", "os error")):
+            there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            free = shutil.disk_usage(there).free >> 20
             raise CheckpointError(f"{folder} could not be written ({free} MiB are free there): {first}", "make room") from None
         raise
 

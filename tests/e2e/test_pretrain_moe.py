@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from raysys.data.local_text import train_tokenizer
@@ -95,15 +98,41 @@ def test_it_learns_and_another_rank_count_goes_on(place: Workplace, calm: Path) 
         np.testing.assert_allclose(tensor, whole[name], atol=1e-4, err_msg=name)
 
 
+def same_as_calm(place: Workplace, name: str) -> None:
+    assert steps_of(place, name) == steps_of(place, "calm"), "resumed at the right sample, bit by bit"
+    before, after = tensors(place.folder / "calm"), tensors(place.folder / name)
+    assert before.keys() == after.keys() and all((before[key] == after[key]).all() for key in before)
+
+
 @pytest.mark.long
 def test_a_killed_worker_costs_nothing(place: Workplace, calm: Path) -> None:
     run = place.start("pretrain_moe", "killed", config(place))
     place.await_lines(run, "killed", 7)
     place.processes("RayTrainWorker")[-1].kill()
     assert run.wait(timeout=240) == 0, (place.folder / "killed.log").read_text()[-3000:]
-    assert steps_of(place, "killed") == steps_of(place, "calm"), "resumed at the right sample, bit by bit"
-    before, after = tensors(calm), tensors(place.folder / "killed")
-    assert before.keys() == after.keys() and all((before[name] == after[name]).all() for name in before)
+    same_as_calm(place, "killed")
+
+
+@pytest.mark.long
+def test_a_killed_driver_costs_nothing_nor_does_a_killed_supervisor(place: Workplace, calm: Path) -> None:
+    """The driver comes back by itself, with its supervisor it takes the same command again; resume points are not in the run's folder."""
+    log = place.folder / "orphan.log"
+    run = place.start("pretrain_moe", "orphan", orphan := config(place, restarts=2, storage=f"file://{place.folder}/points"))
+    place.await_lines(run, "orphan", 5)
+    (driver,) = psutil.Process(run.pid).children()
+    driver.kill()
+    while "resuming" not in log.read_text():
+        assert run.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.1)
+    (driver,) = psutil.Process(run.pid).children()
+    run.kill()
+    assert run.wait(timeout=30) == -signal.SIGKILL
+    driver.wait(timeout=30)
+    assert place.start("pretrain_moe", "orphan", orphan).wait(timeout=240) == 0, log.read_text()[-3000:]
+    assert log.read_text().count("goes on from its newest resume point") == 1 and log.read_text().count("resuming") == 2
+    assert not list((place.folder / "orphan" / "checkpoints").iterdir())
+    assert max(path.name for path in (place.folder / "points" / "orphan").glob("step_*")) == f"step_{STEPS:08d}"
+    same_as_calm(place, "orphan")
 
 
 def test_the_export_is_a_stock_model(calm: Path) -> None:

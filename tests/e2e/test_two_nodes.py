@@ -42,7 +42,7 @@ class Node:
     """A second machine, as Ray sees it: a raylet of its own with room for one engine."""
 
     def __init__(self, head: heads.Head, log: Path):
-        env = {key: value for key, value in head.env.items() if key != "RAY_ADDRESS"} | heads.SLOW_MACHINES
+        env = {key: value for key, value in head.env.items() if key != "RAY_ADDRESS"} | heads.small_machine()
         options = ["--block", "--num-cpus=1", f"--object-store-memory={80 << 20}", "--min-worker-port=0", "--max-worker-port=0"]
         ports = [f"--{name}={heads.free_port()}" for name in ("dashboard-agent-listen-port", "metrics-export-port")]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={head.gcs}", "--disable-usage-stats", *options, *ports]

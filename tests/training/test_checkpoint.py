@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -138,5 +139,14 @@ def test_a_full_disk_is_told_from_a_lost_peer(tmp_path):
         pytest.skip("no /dev/full on this system")
     with pytest.raises(CheckpointError, match=r"could not be written \(\d+ MiB are free there\)"), checkpoints.full_disks(tmp_path):
         torch.save(torch.zeros(10**6), "/dev/full")
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")  # save_file would replace /dev/full
+    with (
+        pytest.raises(CheckpointError, match=r"export could not be written \(\d+ MiB"),
+        checkpoints.full_disks(tmp_path / "gone" / "export"),
+    ):
+        raise full
+    with pytest.raises(SafetensorError, match="header"), checkpoints.full_disks(tmp_path):
+        (tmp_path / "torn.safetensors").write_bytes(b"torn")
+        load_file(tmp_path / "torn.safetensors")
     with pytest.raises(RuntimeError, match="Connection closed"), checkpoints.full_disks(tmp_path):
         raise RuntimeError("[gloo] Connection closed by peer")
