@@ -96,7 +96,8 @@ SINGLE_ONLY = {"qwen3-moe", "recurrent", "linear attention", "no positions"}
 """Models that compute a part in float32 whatever their dtype."""
 
 
-CASES = [(name, "float32", 1e-5) for name in [*PACKED, *PADDED]]
+# Log-probs lie near -5, so 1e-5 is twenty roundings of float32: where float64 cannot be asked for, some processors take more.
+CASES = [(name, "float32", 5e-5 if name in SINGLE_ONLY else 1e-5) for name in [*PACKED, *PADDED]]
 CASES += [(name, "float64", 1e-10) for name in [*PACKED, *PADDED] if name not in SINGLE_ONLY]
 
 
