@@ -29,7 +29,7 @@ from raysys.errors import ConfigError, InfrastructureError, RaysysError
 
 ROOT = Path(__file__).resolve().parent.parent
 EXCLUDES = [
-    *("/.venv/", "/.venv-*/", "/runs/", "/.git/", "/.raysys/", "/build/", "/dist/", "/tests/"),
+    *("/.venv/", "/.venv-*/", "/venv/", "/runs/", "/.git/", "/.raysys/", "/build/", "/dist/", "/tests/"),
     *("*.egg-info/", "__pycache__/", "*.pyc", ".pytest_cache/", ".ruff_cache/", ".hypothesis/"),
 ]
 """What stays behind when the sources travel to a cluster."""
@@ -308,6 +308,7 @@ def _plain(error: Exception, address: str) -> RaysysError:
 def _run(request: Request, address: str, config: str, env: Mapping[str, str], watch: _Watch) -> int:
     client = _client(address)
     began = time.monotonic()
+    os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")  # ours name more, and Ray would warn of each of its own
     try:
         job = client.submit_job(
             entrypoint=shlex.join(request.command("python", config)),
