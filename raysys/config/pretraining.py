@@ -162,12 +162,14 @@ class PretrainMoeConfig(Run):
     """Steps between looks at the routers: alignment, loads."""
     checkpoint_every: PositiveInt = placed(500)
     keep_checkpoints: PositiveInt = placed(2)
-    storage: str | None = placed(None, pattern=r"^(/|[a-z0-9]+://)")
+    storage: str | None = placed(None)
     """Where resume points are kept: an absolute folder, or a URI that pyarrow knows (s3://bucket/place, gs://, file://). A folder of the
     run's name is made there. Null: `checkpoints` in the run's folder. What is small stays in that one, and so does the exported model."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.storage is not None and not self.storage.startswith("/") and "://" not in self.storage:
+            raise ValueError(f"storage={self.storage} is neither an absolute folder nor a URI such as s3://bucket/place")
         if self.batch % self.accumulation:
             raise ValueError(f"batch={self.batch} is no multiple of accumulation={self.accumulation}")
         if self.batch // self.accumulation < self.trainer.most:
