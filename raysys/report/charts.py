@@ -249,10 +249,10 @@ def accuracy(rows: Sequence[tuple[str, Mapping[str, Mapping[str, float]]]]) -> s
 
 
 def accuracy_by_step(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """Held-out accuracy over the run, one line a domain; empty with fewer than three evaluations."""
+    """Held-out accuracy over the run, one line a domain; empty with evaluations at fewer than three steps."""
     import plotly.graph_objects as go
 
-    if len(evaluations) < 3:
+    if len({one["step"] for one in evaluations if one["domains"]}) < 3:
         return ""
     figure = go.Figure()
     for number, name in enumerate(sorted({name for one in evaluations for name in one["domains"]})):

@@ -129,7 +129,9 @@ def _ends(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _summary(records: Sequence[Mapping[str, Any]], ends: Sequence[Mapping[str, Any]]) -> str:
     parts = []
-    if len(ends) == 2:
+    if not records and ends:
+        return f"{len(ends)} model{'' if len(ends) == 1 else 's'} evaluated."
+    if len({one["step"] for one in ends}) == 2:
         for name in sorted(ends[0]["domains"]):
             before, after = (one["domains"].get(name, {}).get("mean", float("nan")) for one in ends)
             parts.append(f"{name} accuracy {before:.1%} to {after:.1%}")
@@ -196,7 +198,7 @@ def _comparison_summary(rows: Sequence[Mapping[str, Any]], columns: Sequence[str
 
 def _facts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     totals = sorted(record["seconds"]["total"] for record in records if (record.get("seconds") or {}).get("total"))
-    facts = [("steps", str(len(records)))]
+    facts = [("steps", str(len(records)))] if records else []
     if totals:
         facts += [("median step", f"{totals[len(totals) // 2]:.2f} s"), ("all steps", f"{sum(totals):.0f} s")]
     gaps = [record["parity_gap"] for record in records if isinstance(record.get("parity_gap"), float)]

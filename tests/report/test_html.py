@@ -109,3 +109,11 @@ def test_a_pipeline_compares_and_links(tmp_path: Path) -> None:
     (whole / "comparison.json").write_text(json.dumps({"split": "report", "columns": ["add", "rev"], "rows": rows}))
     page = render_report(whole).read_text()
     assert "Best in its weakest domain: OPD (add 60.0%, rev 80.0%)" in page and 'href="../opd-1/report.html"' in page
+
+
+def test_models_side_by_side_are_no_course_of_a_run(tmp_path: Path) -> None:
+    shares = {"add": {"n": 9, "samples": 1, "mean": 0.5, "low": 0.4, "high": 0.6, "score": 0.5}}
+    lines = [{"step": 0, "label": label, "mean": 0.5, "domains": shares, "measures": {}} for label in "abc"]
+    (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = render_report(tmp_path).read_text()
+    assert "3 models evaluated." in page and "Over the run" not in page and "0 steps" not in page
