@@ -25,8 +25,10 @@ _NO_MEASURES = ("alias", "name", "sample_len", "samples", "sample_count")
 
 def check_harness(part: Harness) -> None:
     """Raises ConfigError: lm-eval is not installed, `include` is no folder, or a task is unknown, naming the nearest ones."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("harness.tasks are lm-eval's, which is not installed", "pip install 'lm-eval[hf]>=0.4.13'")
+    if not all(importlib.util.find_spec(name) for name in ("lm_eval", "accelerate")):  # the library does not say what it runs models with
+        raise ConfigError(
+            "harness.tasks are lm-eval's, which is not installed, or without what it needs for models", "pip install 'lm-eval[hf]>=0.4.13'"
+        )
     if part.include is not None and not Path(part.include).is_dir():
         raise ConfigError(f"harness.include={part.include} is no folder", "give one that holds lm-eval's YAML files of tasks")
     known = _tasks(part).all_tasks

@@ -32,7 +32,16 @@ DEFAULTS: dict[str, Any] = {
     "layouts": ["zero 0", "zero 1", "zero 2", "zero 3", "experts split"],
 }
 MUTABLE = ("zero 0", "zero 1", "zero 2")
-NOTHING_DONE = ("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor")
+NOTHING_DONE = (
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "barrier",
+)
 
 
 def run(ranks: int, layouts: list[str], rounds: int, **size: Any) -> dict[str, Any]:
@@ -74,7 +83,11 @@ def _group(size: dict[str, Any]) -> list[float]:
     for rank in range(size["world"]):
         own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         ranks.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT))
-    told = [rank.communicate(timeout=600) for rank in ranks]
+    try:
+        told = [rank.communicate(timeout=600) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()  # one that waits for another that failed
     if any(rank.returncode for rank in ranks):
         raise RuntimeError("\n".join(err[-2000:] for _, err in told))
     return json.loads(told[0][0].splitlines()[-1])
@@ -94,7 +107,7 @@ def _mute() -> None:
     """From here on collectives leave their buffers as they are."""
     from torch import distributed as dist
 
-    for name in (*NOTHING_DONE, "barrier"):
+    for name in NOTHING_DONE:
         setattr(dist, name, lambda *_, **__: _Done())
 
 
