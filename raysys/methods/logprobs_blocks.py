@@ -89,13 +89,15 @@ class Head:
 
 @dataclass
 class Kept:
-    """Blocks e^(z - top) [N, w] that the forward pass leaves to the backward pass, which takes each once."""
+    """Blocks e^(z - top) [N, w], or the products, that the forward pass leaves to the backward pass, which takes each once."""
 
     dtype: torch.dtype = torch.float32
     limit: int = 0
     """Blocks."""
     blocks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """By number; with the tops [N]."""
+    products: dict[tuple[int, int], Tensor] | None = None
+    """By the block's number and the first position of those in it [n, w]; None where exponentials are kept."""
     _room: list[Tensor] = field(default_factory=list)
 
     @classmethod
@@ -112,6 +114,8 @@ class Kept:
     @classmethod
     def whole(cls, head: Head) -> Kept:
         """All blocks: for so few positions that their logits may exist at once."""
+        if kernels_for(head.hidden.new_empty(0, dtype=head.dtype)).leaves_products:
+            return cls(head.dtype, products={})
         dtype = torch.float32 if head.hidden.dtype == torch.float16 else head.hidden.dtype
         return cls(dtype, len(head.blocks()))
 
@@ -143,7 +147,8 @@ class Sums:
 
 def normalise(head: Head, ids: Tensor, entropy: bool, drawing: bool, kept: Kept) -> Sums:
     """One pass over the vocabulary with an online log-sum-exp; leaves blocks in `kept`."""
-    states, space, blocks = factor(head.hidden), head.space(), len(head.blocks())
+    states, blocks = factor(head.hidden), len(head.blocks())
+    space = head.space() if kept.products is None else None
     zeros = states.new_zeros(len(states), dtype=head.dtype)
     # A boundary between two ids is a sum over up to V of them: in float32 it would be off by as much as one id of 150,000 is worth.
     mass = zeros.to(torch.float64) if drawing else zeros
@@ -152,12 +157,14 @@ def normalise(head: Head, ids: Tensor, entropy: bool, drawing: bool, kept: Kept)
     moment, own = zeros.clone() if entropy else None, torch.zeros_like(mass) if drawing else None
     running = Running(zeros.new_zeros(ids.shape), peak, mass.clone(), moment, own)
     tops, masses = zeros.new_empty(len(zeros), blocks if drawing else 0), mass.new_empty(len(zeros), blocks if drawing else 0)
-    fold = kernels_for(zeros).fold
+    fold, products = kernels_for(zeros).fold, kept.products
     for index, (start, stop, weight, bias) in enumerate(head.factors()):
         room = kept.room(index, states, stop - start)
         for rows in head.parts():
             block = Block(product(states[rows], weight.t(), space), bias, head.temperature, ids[rows], start)
-            fold(block, running.at(rows), room is not None)
+            fold(block, running.at(rows), room is not None or products is not None)
+            if products is not None:
+                products[index, rows.start] = block.product
             if room is not None:
                 room[rows] = block.product
         if room is not None:
@@ -261,7 +268,9 @@ def gradients(head: Head, ids: Tensor, log_z: Tensor, grad: Tensor, kept: Kept, 
                 made = room[rows].to(head.dtype).mul_(fall[rows, None])
                 rise = add_asked(made, ids[rows], start, grad[rows]).to(states.dtype)
             else:
-                block = Block(product(states[rows], weight.t(), space), bias, head.temperature, ids[rows], start)
+                made = None if kept.products is None else kept.products.pop((index, rows.start))
+                made = product(states[rows], weight.t(), space) if made is None else made
+                block = Block(made, bias, head.temperature, ids[rows], start)
                 rise = slope(block, log_z[rows], grad[rows], total[rows], states.dtype)
             if out.hidden is not None:
                 _add_product(out.hidden[rows], rise, weight)

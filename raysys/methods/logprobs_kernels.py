@@ -52,9 +52,11 @@ class Running:
 @dataclass(frozen=True)
 class Kernels:
     fold: Callable[[Block, Running, bool], None]
-    """Adds a block to the sums. With True the product becomes e^(z - peak), otherwise it may hold anything afterwards."""
+    """Adds a block to the sums. With True the product is left as a backward pass takes it, otherwise it may hold anything afterwards."""
     slope: Callable[[Block, Tensor, Tensor, Tensor, torch.dtype], Tensor]
     """(block, log_z [n], grad [n, K], total [n], dtype) to total e^(z - log_z) + sum_k grad_k 1[v = id_k] in that dtype [n, w]."""
+    leaves_products: bool = False
+    """What `fold` leaves with True is the product as it came; otherwise e^(z - peak)."""
 
 
 def kernels_for(product: Tensor) -> Kernels:
@@ -62,7 +64,7 @@ def kernels_for(product: Tensor) -> Kernels:
     if product.is_cuda and product.dtype == torch.float32 and importlib.util.find_spec("triton") is not None:
         from raysys.methods import logprobs_cuda
 
-        return Kernels(logprobs_cuda.fold, logprobs_cuda.slope)
+        return Kernels(logprobs_cuda.fold, logprobs_cuda.slope, leaves_products=True)
     return Kernels(fold, slope)
 
 

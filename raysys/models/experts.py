@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from raysys.models.grouped import ALIGNED, Grouped
+
 if TYPE_CHECKING:
     from raysys.models.expert_parallel import ExpertGroup
 
@@ -47,18 +49,9 @@ def mixture(x: Tensor, weights: Tensor, indices: Tensor, gate: Tensor, up: Tenso
     """
     order = indices.flatten().argsort(stable=True)[:chosen]
     counts = indices.flatten().bincount(minlength=len(gate))[: len(gate)]
-    if x.is_cuda and x.dtype == torch.bfloat16 and len(order):
-        return _grouped(x, weights, order, counts, gate, up, down)
+    if x.is_cuda and x.dtype == torch.bfloat16 and len(order) and not any(width % ALIGNED for width in gate.shape[1:]):
+        return Grouped.apply(x, weights, order, counts, gate, up, down)  # type: ignore[return-value]
     return _Blocked.apply(x, weights, order, counts.tolist(), gate, up, down)  # type: ignore[return-value]
-
-
-def _grouped(x: Tensor, weights: Tensor, order: Tensor, counts: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    ends = counts.cumsum(0).to(torch.int32)
-    tokens = order // weights.shape[1]
-    rows = x.index_select(0, tokens)
-    inner = functional.silu(functional.grouped_mm(rows, gate.mT, offs=ends)) * functional.grouped_mm(rows, up.mT, offs=ends)
-    made = functional.grouped_mm(inner, down.mT, offs=ends) * weights.flatten().index_select(0, order).to(x.dtype).unsqueeze(-1)
-    return torch.zeros_like(x).index_add(0, tokens, made)
 
 
 class _Blocked(torch.autograd.Function):

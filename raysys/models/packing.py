@@ -207,6 +207,8 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: f
     from torch.nn.attention.varlen import varlen_attn
 
     bounds = packing.bounds.view(-1)
+    # Only where it is needed: torch 2.11 does not know it.
+    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     return varlen_attn(  # type: ignore[return-value]
         query.contiguous(),
         key.contiguous(),
@@ -217,7 +219,7 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: f
         packing.longest,
         scale=scale,
         window_size=(-1, 0) if window is None else (window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
 
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from raysys.methods import logprobs_blocks, logprobs_cuda
-from raysys.methods.logprobs import draw_logprobs, draw_tokens, token_logprobs
+from raysys.methods.logprobs import draw_logprobs, draw_tokens, surrogate, token_logprobs
 from raysys.methods.logprobs_kernels import Block, Kernels, Running, fold, slope
 
 N, D, V = 7, 5, 301
+TRITON = Kernels(logprobs_cuda.fold, logprobs_cuda.slope, leaves_products=True)
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +87,7 @@ def test_the_whole_function(bias, chunk, monkeypatch):
     upstream = torch.linspace(-1, 1, 3 * N).view(N, 3)
     want = draw_logprobs(hidden, unembedding, ids, uniform, 0.7, chunk, offset, entropy=True)
     want_grads = torch.autograd.grad(want.logprobs, leaves, upstream)
-    monkeypatch.setattr(logprobs_blocks, "kernels_for", lambda _: Kernels(logprobs_cuda.fold, logprobs_cuda.slope))
+    monkeypatch.setattr(logprobs_blocks, "kernels_for", lambda _: TRITON)
     got = draw_logprobs(hidden, unembedding, ids, uniform, 0.7, chunk, offset, entropy=True)
     assert torch.equal(got.draws, want.draws)
     torch.testing.assert_close(got.logprobs, want.logprobs, rtol=0, atol=1e-5)
@@ -95,12 +96,32 @@ def test_the_whole_function(bias, chunk, monkeypatch):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [2, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_made_in_the_forward_pass(bias, chunk, dtype, monkeypatch):
+    monkeypatch.setattr(logprobs_blocks, "WHOLE_FLOOR", 0)
+    monkeypatch.setattr(logprobs_blocks, "WHOLE_SHARE", 3 / D)  # three positions at a time
+    slopes, found = torch.linspace(-1, 1, 2 * N).view(N, 2), []
+    for kernels in (None, TRITON):
+        hidden, unembedding, offset, ids = inputs(bias)
+        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in (hidden, unembedding, offset) if leaf is not None]
+        if kernels is not None:
+            monkeypatch.setattr(logprobs_blocks, "kernels_for", lambda _: TRITON)
+        made = surrogate(*leaves[:2], ids, lambda rows, *_: slopes[rows], 0.7, chunk, leaves[2] if bias else None, entropy=True)
+        made.value.backward()
+        found.append([made.value.detach(), made.logprobs, made.entropy, *(leaf.grad for leaf in leaves)])
+    for mine, theirs in zip(*found, strict=True):
+        # In bfloat16 what is kept is rounded on one side, each dz on both.
+        assert (mine.double() - theirs.double()).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * theirs.double().norm()
+
+
 def test_a_bias_of_minus_infinity_forbids_tokens(monkeypatch):
     hidden, unembedding, offset, _ = inputs(True)
     with torch.no_grad():
         offset[:256] = -torch.inf  # the whole first block
     allowed = torch.full((N,), 300)
-    monkeypatch.setattr(logprobs_blocks, "kernels_for", lambda _: Kernels(logprobs_cuda.fold, logprobs_cuda.slope))
+    monkeypatch.setattr(logprobs_blocks, "kernels_for", lambda _: TRITON)
     got, entropy = token_logprobs(hidden, unembedding, allowed, bias=offset, entropy=True)
     want = torch.log_softmax(hidden @ unembedding[256:].T + offset[256:], -1)
     torch.testing.assert_close(got, want[:, 44], rtol=0, atol=1e-5)
@@ -112,6 +133,6 @@ def test_a_bias_of_minus_infinity_forbids_tokens(monkeypatch):
 
 def test_no_positions(monkeypatch):
     hidden, unembedding, _, ids = inputs(False)
-    monkeypatch.setattr(logprobs_blocks, "kernels_for", lambda _: Kernels(logprobs_cuda.fold, logprobs_cuda.slope))
+    monkeypatch.setattr(logprobs_blocks, "kernels_for", lambda _: TRITON)
     token_logprobs(hidden[:0], unembedding, ids[:0]).sum().backward()
     assert torch.equal(unembedding.grad, torch.zeros_like(unembedding))

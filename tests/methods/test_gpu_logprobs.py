@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from raysys.methods import logprobs_blocks, logprobs_kernels
-from raysys.methods.logprobs import draw_logprobs, draw_tokens, token_logprobs
+from raysys.methods.logprobs import draw_logprobs, draw_tokens, surrogate, token_logprobs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")]
 
 N, D, V = 700, 256, 151_936
 
 
-def inputs(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(dtype: torch.dtype, n: int = N) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(N, D, generator=generator).to("cuda", dtype).requires_grad_()
+    hidden = torch.randn(n, D, generator=generator).to("cuda", dtype).requires_grad_()
     unembedding = (torch.randn(V, D, generator=generator) / D**0.5).to("cuda", dtype).requires_grad_()
-    return hidden, unembedding, torch.randint(0, V, (N, 2), generator=generator).cuda()
+    return hidden, unembedding, torch.randint(0, V, (n, 2), generator=generator).cuda()
 
 
 # Relative error of a gradient: one rounding to the dtype of it and of dz, and bfloat16 products summed over V or N.
@@ -41,7 +41,7 @@ def test_equals_float64_on_the_same_inputs(dtype, gap, relative):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory_is_an_eighth_of_the_plain_form(dtype):
-    hidden, unembedding, ids = inputs(dtype)
+    hidden, unembedding, ids = inputs(dtype, 4096)  # fewer positions' logits are not much beside the unembedding's gradient
 
     def peak(call) -> int:
         hidden.grad = unembedding.grad = None
@@ -54,6 +54,26 @@ def test_peak_memory_is_an_eighth_of_the_plain_form(dtype):
     blockwise = peak(lambda: token_logprobs(hidden, unembedding, ids, chunk_tokens=256))
     plain = peak(lambda: torch.log_softmax((hidden @ unembedding.T).float(), -1).gather(1, ids))
     assert blockwise < plain / 8, (blockwise, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunk", [1024, 50])
+def test_a_gradient_made_in_the_forward_pass_is_that_of_the_backward_pass(dtype, chunk):
+    slopes = torch.randn(N, 2, generator=torch.Generator().manual_seed(1)).cuda()
+    found = []
+    for form in ("surrogate", "token_logprobs"):
+        hidden, unembedding, ids = inputs(dtype)
+        if form == "surrogate":
+            made = surrogate(hidden, unembedding, ids, lambda rows, *_: slopes[rows], 0.9, chunk, entropy=True)
+            loss, values = made.value, (made.logprobs, made.entropy)
+        else:
+            values = token_logprobs(hidden, unembedding, ids, 0.9, 1024, entropy=True)
+            loss = (values[0] * slopes).sum()
+        loss.backward()
+        found.append((*(value.detach() for value in values), hidden.grad, unembedding.grad))
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert (mine.double() - theirs.double()).norm() < (2e-5 if dtype == torch.float32 else 1e-2) * theirs.double().norm()
 
 
 def test_chunks_do_not_matter():

@@ -15,7 +15,8 @@ from torch.nn import functional
 from raysys.errors import ConfigError
 from raysys.methods.mpi import effective_router
 from raysys.models import moe_files
-from raysys.models.experts import mixture
+from raysys.models.experts import _Blocked, mixture
+from raysys.models.grouped import Grouped
 from raysys.models.moe import MoeDecoder, MoeShape, counts, next_token_loss
 from raysys.models.moe_files import export_moe, hub_tensors, load_moe
 from raysys.models.packing import Packing
@@ -210,3 +211,28 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         replace(SHAPE, kv_heads=3)
     with pytest.raises(ValueError, match=r"ids must be \[7\]"):
         MoeDecoder(SHAPE).initialise(0)(torch.arange(6), Packing([7], "cpu"))
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_grouped_products_give_what_blocks_give(chosen: bool) -> None:
+    """The form that CUDA takes, uncompiled; with `chosen`, experts that are elsewhere add nothing, whatever stands in the first row."""
+    width, inner, experts, tokens, top_k = 32, 24, 6, 50, 3
+    weights, indices = drawn(1, tokens, experts + 2 * chosen).softmax(-1).topk(top_k)
+    indices = indices.clamp(max=experts)
+    if not chosen:
+        indices[indices == 4] = 5  # expert 4 has no token
+        indices = indices.clamp(max=experts - 1)
+    here = int((indices < experts).sum())
+    exact = [drawn(0, tokens, width), weights, drawn(2, experts, inner, width), drawn(3, experts, inner, width)]
+    exact.append(drawn(4, experts, width, inner))
+    exact = [one.bfloat16().double() for one in exact]
+    order = indices.flatten().argsort(stable=True)[:here]
+    counts = indices.flatten().bincount(minlength=experts)[:experts]
+    upstream, found = drawn(9, tokens, width).bfloat16().double(), []
+    for form, dtype in ((Grouped, torch.bfloat16), (_Blocked, torch.float64)):
+        x, shares, *matrices = (one.to(dtype).requires_grad_() for one in exact)
+        out = form.apply(x, shares, order, counts if form is Grouped else counts.tolist(), *matrices)
+        out.backward(upstream.to(dtype))
+        found.append([one.detach().double() for one in (out, x.grad, shares.grad, *(one.grad for one in matrices))])
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine - theirs).norm() < 1e-2 * theirs.norm()
