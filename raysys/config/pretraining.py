@@ -179,11 +179,6 @@ class PretrainMoeConfig(Run):
             )
         check_parallel(self.trainer.zero_stage, self.trainer.expert_parallel, self.trainer.fewest, self.model.experts)
         self.optimiser.check(self.steps, self.trainer.zero_stage, self.trainer.offload_optimizer)
-        if self.trainer.expert_parallel > 1 and self.optimiser.whole_matrices:
-            raise ValueError(
-                f"optimiser.kind={self.optimiser.kind} is not made for experts that are split over ranks: "
-                "set trainer.expert_parallel=1, or optimiser.kind=adamw"
-            )
         if self.validation is not None and not self.data.held_out_share:
             raise ValueError("validation needs data.held_out_share: texts that training never sees")
         return self

@@ -147,11 +147,15 @@ def stacks(model: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{prefix}.{name}": parameter for prefix, module in parts for name, parameter in module.named_parameters()}
 
 
-def whole_tensors(model: nn.Module, of: Callable[[nn.Parameter], Tensor] = Tensor.detach) -> Iterator[tuple[str, Tensor | None]]:
+def _itself(name: str, parameter: nn.Parameter) -> Tensor:
+    return parameter.detach()
+
+
+def whole_tensors(model: nn.Module, of: Callable[[str, nn.Parameter], Tensor | None] = _itself) -> Iterator[tuple[str, Tensor | None]]:
     """Names and whole tensors of a model, whatever the number of ranks that hold its experts. Collective; one stack is whole at a time.
 
     Args:
-        of: what to take of a parameter, of its shape: itself, or a state of its optimiser.
+        of: what to take of a parameter by its name, of its shape: itself, or a state of its optimiser. None, on all ranks: left out.
 
     Yields:
         On other ranks than the first of each group None for stacks.
@@ -159,7 +163,9 @@ def whole_tensors(model: nn.Module, of: Callable[[nn.Parameter], Tensor] = Tenso
     group: ExpertGroup | None = model.expert_group  # type: ignore[assignment]
     split = stacks(model) if group is not None else {}
     for name, parameter in model.named_parameters():
-        tensor = of(parameter)
+        tensor = of(name, parameter)
+        if tensor is None:
+            continue
         yield name, group.whole(tensor) if group is not None and name in split else tensor
 
 

@@ -15,31 +15,40 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from raysys.models.expert_parallel import own_part, whole_tensors
+from raysys.training.parameter_groups import states_of
 from raysys.training.weights import gathered
 
 WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Moments = Callable[[str], Sequence[str]]
+"""A parameter's name to the optimiser's states of its shape."""
 
 
-def whole_states(engine: Any, moments: Sequence[str] = MOMENTS) -> Iterator[tuple[str, str, Tensor | None]]:
+def adamw_moments(name: str) -> tuple[str, ...]:
+    """AdamW's, whatever the parameter."""
+    return states_of("adamw")
+
+
+def whole_states(engine: Any, moments: Moments = adamw_moments) -> Iterator[tuple[str, str, Tensor | None]]:
     """(parameter, `weight` or a moment, tensor) one after another: float32 masters where these are wider than the weights. Collective.
 
     Args:
         engine: DeepSpeed's, around a module that holds a `MoeDecoder` and tells its `expert_group`, after at least one optimiser step.
-        moments: the optimiser's states of a parameter's shape.
+        moments: see `Moments`.
 
     Yields:
         Tensors on the CPU on rank 0, None elsewhere. At most one stack is whole at a time.
     """
     link(engine)
     first = dist.get_rank() == 0
-    for key in (WEIGHT, *moments):
-        for name, tensor in whole_tensors(engine.module, partial(_whole, engine, key)):
+    keys = dict.fromkeys(key for name, _ in engine.module.named_parameters() for key in moments(name))
+    for key in (WEIGHT, *keys):
+        for name, tensor in whole_tensors(engine.module, partial(_whole, engine, moments, key)):
             yield name, key, tensor.detach().to("cpu", copy=True) if first and tensor is not None else None
 
 
 def load_states(
-    engine: Any, read: Callable[[str, str], Tensor], updates: int, idle_step: Callable[[], None], moments: Sequence[str] = MOMENTS
+    engine: Any, read: Callable[[str, str], Tensor], updates: int, idle_step: Callable[[], None], moments: Moments = adamw_moments
 ) -> None:
     """Puts whole tensors, as `whole_states` named them, back to where they are held. Collective.
 
@@ -54,15 +63,17 @@ def load_states(
     _prime(engine, idle_step)
     with torch.no_grad():
         for name, parameter in engine.module.named_parameters():
-            for key in (WEIGHT, *moments):
+            for key in (WEIGHT, *moments(name)):
                 _put(engine, key, parameter, own_part(engine.module, name, read(name, key)).to(parameter.device))
     for state in engine.optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"].fill_(updates)
 
 
-def _whole(engine: Any, key: str, parameter: nn.Parameter) -> Tensor:
+def _whole(engine: Any, moments: Moments, key: str, name: str, parameter: nn.Parameter) -> Tensor | None:
     """This rank's experts, or all of a dense parameter: put together from the pieces of those that have the same."""
+    if key != WEIGHT and key not in moments(name):
+        return None
     if engine.zero_optimization_stage() == 0:
         return parameter.detach() if key == WEIGHT else engine.optimizer.state[parameter][key]
     found = safe_get_full_fp32_param(parameter) if key == WEIGHT else safe_get_full_optimizer_state(parameter, key)

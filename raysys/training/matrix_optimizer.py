@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raysys.errors import ConfigError
 from raysys.methods.matrix_steps import hyperball_size, hyperball_step, orthogonal
-from raysys.training.parameter_groups import scale
+from raysys.training.parameter_groups import scale, states_of
 from raysys.training.partitions import Places, whole_places
 
 AT_ONCE = 1 << 26
@@ -83,7 +83,7 @@ class MatrixOptimizer(torch.optim.AdamW):
         if not state:
             # torch asks every state of an AdamW for its step.
             state["step"] = torch.zeros((), device=parameter.device)
-            for key in ("momentum_buffer",) if momentum else ("exp_avg", "exp_avg_sq"):
+            for key in states_of(group["rule"]):
                 state[key] = torch.zeros_like(parameter)
         state["step"] += 1
         if momentum:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,13 +21,21 @@ from torch import distributed as dist
 from raysys.errors import CheckpointError
 from raysys.training.checkpoint import LAYOUT, full_disks
 from raysys.training.deep import Rank
-from raysys.training.expert_states import MOMENTS, load_states, whole_states
+from raysys.training.expert_states import load_states, whole_states
 from raysys.training.named_states import WEIGHT, named_states, put_named_states
 
 NAMED = "named"
 
 
-def save(engine: Rank, folder: Path) -> None:
+class NamedRank(Rank, Protocol):
+    """One that can tell which states its optimiser keeps."""
+
+    def moments(self, name: str) -> tuple[str, ...]:
+        """States of a parameter's shape."""
+        ...
+
+
+def save(engine: NamedRank, folder: Path) -> None:
     """Rank 0 writes, the others help to put tensors together. Collective; complete on every rank when it returns on one.
 
     Raises:
@@ -52,7 +60,7 @@ def save(engine: Rank, folder: Path) -> None:
         raise CheckpointError(failed[0], "make room")
 
 
-def load(engine: Rank, folder: Path) -> None:
+def load(engine: NamedRank, folder: Path) -> None:
     """Goes on where `save` was, under whatever layout. Collective.
 
     Raises:
@@ -72,7 +80,9 @@ def load(engine: Rank, folder: Path) -> None:
 
     if _split(engine):
         try:
-            load_states(engine.engine, lambda name, key: read(name, WEIGHT if key == "weight" else key), updates, engine.idle_step)
+            load_states(
+                engine.engine, lambda name, key: read(name, WEIGHT if key == "weight" else key), updates, engine.idle_step, engine.moments
+            )
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}", "it is of another model") from None
     else:
@@ -89,9 +99,9 @@ def _stored(folder: Path, names: list[str], read: Callable[[str, str], Tensor], 
         yield name, states
 
 
-def _tensors(engine: Rank) -> Iterator[tuple[str, str, Tensor | None]]:
+def _tensors(engine: NamedRank) -> Iterator[tuple[str, str, Tensor | None]]:
     if _split(engine):
-        for name, key, tensor in whole_states(engine.engine, MOMENTS):
+        for name, key, tensor in whole_states(engine.engine, engine.moments):
             yield name, WEIGHT if key == "weight" else key, tensor
         return
     for name, states in named_states(engine.engine):

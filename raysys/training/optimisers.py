@@ -49,7 +49,7 @@ def make_optimizer(model: nn.Module, config: Optimiser) -> torch.optim.Optimizer
         "fixed_norm": config.matrix_norm == "sqrt_out",
     }
     extended = [_torch_group(group) | settings | {"rule": group.rule, "width_ratio": group.width_ratio} for group in groups]
-    return MatrixOptimizer(extended, config.learning_rate, config.betas, config.epsilon)
+    return MatrixOptimizer(split_groups(extended), config.learning_rate, config.betas, config.epsilon)
 
 
 def _torch_group(group: ParameterGroup) -> dict[str, Any]:

@@ -54,6 +54,11 @@ def scale(rule: Kind, rows: int, columns: int, width_ratio: float) -> float:
     return 1.0 if rule == "adamw" else hyperball_scale(columns, width_ratio)
 
 
+def states_of(rule: Kind) -> tuple[str, ...]:
+    """Names of the states that a rule keeps for each number of a parameter."""
+    return ("momentum_buffer",) if rule in ("muon", "muonh") else ("exp_avg", "exp_avg_sq")
+
+
 def parameter_groups(model: nn.Module, config: Optimiser) -> list[ParameterGroup]:
     """The trainable parameters of a `raysys.models.moe.MoeDecoder` in their groups; empty groups are left out.
 

@@ -34,6 +34,7 @@ from raysys.models.routing import Routing
 from raysys.training import checkpoint, deep, named_checkpoint
 from raysys.training.expert_groups import clip_gradients, expert_group, mark
 from raysys.training.optimisers import bind, make_optimizer, rate_of, set_rate
+from raysys.training.parameter_groups import parameter_groups, states_of
 from raysys.training.pretrain_spec import PretrainSpec, Sequences
 from raysys.training.weights import gathered
 
@@ -52,6 +53,8 @@ class Pretrainer:
         optimizer = make_optimizer(self.model, config.optimiser)
         named = {id(parameter): f"model.{name}" for name, parameter in self.model.named_parameters()}  # as DeepSpeed sees them
         self.names = {named[id(parameter)]: parameter for group in optimizer.param_groups for parameter in group["params"]}
+        groups = parameter_groups(self.model, config.optimiser)
+        self._states = {f"model.{name}": states_of(group.rule) for group in groups for name in group.parameters}
         objective = _Objective(self.model, config.trainer.chunk_tokens)
         offload = config.trainer.offload_optimizer and spec.device == "gpu"
         settings = deep.settings(self.stage, spec.dtype, config.optimiser.clip, self.parameters, offload)
@@ -69,6 +72,10 @@ class Pretrainer:
     def _by_name(self) -> bool:
         """Whether DeepSpeed's own checkpoints do not serve: experts are split, or moments are not AdamW's."""
         return self.model.expert_group is not None or self.spec.config.optimiser.whole_matrices
+
+    def moments(self, name: str) -> tuple[str, ...]:
+        """The optimiser's states of a parameter, as DeepSpeed sees its name."""
+        return self._states[name]
 
     # -- training
 

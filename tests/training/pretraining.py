@@ -17,6 +17,7 @@ VOCABULARY, SEQUENCE = 50, 24
 
 def config(**values: Any) -> PretrainMoeConfig:
     model = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "experts": 4, "top_k": 2, "expert_width": 12, "deviation": 0.1}
+    model |= values.pop("model", {})
     trainer = {"threads": 1, **values.pop("trainer", {})}
     optimiser = {"learning_rate": 3e-3, "clip": 0.5, "epsilon": 1e-4, "warmup_steps": 0, **values.pop("optimiser", {})}
     data = {"sources": {"all": {"path": "x"}}, "tokenizer": "none", "sequence": SEQUENCE}

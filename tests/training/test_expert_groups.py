@@ -14,7 +14,7 @@ import torch
 from raysys.config.parallel import check_parallel
 from raysys.errors import ConfigError
 from raysys.models.routing import Routing
-from tests.training import expert_work
+from tests.training import expert_work, pretraining
 from tests.training.expert_work import CLIP, SHAPE, plain, train
 from tests.training.ranks import Ranks
 
@@ -52,6 +52,17 @@ def test_steps_of_split_experts_are_those_of_one_rank(pair: Ranks, wanted: dict[
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_two_groups_of_two(four: Ranks, wanted: dict[str, Any], stage: int) -> None:
     assert_same_run(four(train, expert_parallel=2, stage=stage, routing=ROUTINGS["mpi"]), wanted["mpi"])
+
+
+@pytest.mark.parametrize("kind", ["muonh", "adamh"])
+def test_matrices_cut_between_an_expert_s_holders_move_whole(four: Ranks, solo: Ranks, kind: str) -> None:
+    # Of 3 layers with 3 stacks of 3 experts on each rank, the half that each of two holders moves ends within the 14th matrix.
+    same: dict[str, Any] = {"optimiser": {"kind": kind}, "accumulation": 1, "model": {"layers": 3, "experts": 6}}
+    whole = solo(pretraining.trained, of=pretraining.config(**same))[0]
+    found = four(pretraining.trained, of=pretraining.config(**same, trainer={"ranks": 4, "zero_stage": 1, "expert_parallel": 2}))[0]
+    assert [one["loss"] for one in found[0]] == pytest.approx([one["loss"] for one in whole[0]], rel=1e-5)
+    for name, tensor in whole[2].items():
+        np.testing.assert_allclose(found[2][name], tensor, rtol=0, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -76,11 +76,14 @@ def test_a_rank_without_sequences_changes_nothing(alone: Any, pair: Ranks, stage
         alike(alone, found)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_experts_split_over_two_ranks_are_whole_ones(alone: Any, pair: Ranks, stage: int) -> None:
-    of = pretraining.config(trainer={"ranks": 2, "zero_stage": stage, "expert_parallel": 2})
+@pytest.mark.parametrize(
+    ("kind", "stage"), [("adamw", 0), ("adamw", 1), ("adamw", 2), ("muonh", 0), ("muonh", 1), ("adamh", 2), ("muon", 2)]
+)
+def test_experts_split_over_two_ranks_are_whole_ones(alone: Any, solo: Ranks, pair: Ranks, kind: str, stage: int) -> None:
+    whole = alone if kind == "adamw" else solo(pretraining.trained, of=pretraining.config(optimiser={"kind": kind}))[0]
+    of = pretraining.config(trainer={"ranks": 2, "zero_stage": stage, "expert_parallel": 2}, optimiser={"kind": kind})
     found = pair(pretraining.trained, of=of)
-    alike(alone, found[0])
+    alike(whole, found[0])
     assert found[0][0] == found[1][0]
 
 
@@ -103,6 +106,8 @@ def test_saved_and_loaded_goes_on_bit_by_bit(solo: Ranks, tmp_path: Path, kind: 
         ({"zero_stage": 3}, {}),
         ({"zero_stage": 2, "expert_parallel": 2}, {}),
         ({"zero_stage": 1}, {"kind": "muonh"}),
+        ({"zero_stage": 1, "expert_parallel": 2}, {"kind": "muonh"}),
+        ({"zero_stage": 0, "expert_parallel": 2}, {"kind": "adamh"}),
     ],
 )
 def test_two_ranks_go_on_as_one(solo: Ranks, pair: Ranks, tmp_path: Path, trainer: Any, optimiser: Any) -> None:
