@@ -79,7 +79,7 @@ def _run(folder: Path) -> dict[str, Any]:
 def _pipeline(folder: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     compared = _json(folder / "comparison.json") or {}
     rows = compared.get("rows", [])
-    shown, runs, samples = [], {}, []
+    shown, runs, samples, maps = [], {}, [], {}
     for stage in stages:
         run = Path(stage["run_dir"])
         run = run if run.is_absolute() else folder / run
@@ -91,6 +91,8 @@ def _pipeline(folder: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, An
         ):
             runs[stage["name"]] = records
             samples = _paired_samples(_lines(run / "samples.jsonl"))
+        if layer_map := _json(run / "layer_map.json"):
+            maps[stage["name"]] = layer_map
     return {
         "summary": _comparison_summary(rows, compared.get("columns", []), runs),
         "facts": [("stages", str(len(stages))), ("time in stages", f"{sum(stage['seconds'] for stage in stages):.0f} s")],
@@ -102,9 +104,9 @@ def _pipeline(folder: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, An
         "accuracy_by_step": "",
         "episodes": [],
         "routers": [],
-        "layers": [],
+        "layers": [(title, Markup(html)) for title, html in quantising.side_by_side(maps)],
         "curves": [(title, Markup(html)) for title, html in charts.overlay(runs)] if runs else [],
-        "seconds": Markup(charts.seconds(list(runs.values())[-1])) if runs else "",
+        "seconds": Markup(charts.seconds(list(runs.values())[-1])) if runs and not maps else "",
         "samples": samples,
         "transcripts": [],
         "counts": {},

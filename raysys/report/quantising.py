@@ -59,6 +59,17 @@ def summary(layer_map: Mapping[str, Any] | None, evaluations: Sequence[Mapping[s
     return "; ".join(told) + "."
 
 
+def side_by_side(layer_maps: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Titles and pictures of several models by name: where each has its bits, and the scores of the first that has any."""
+    found = []
+    if html := maps({name: one["bits"] for name, one in layer_maps.items()}):
+        found.append(("Bits by layer", html))
+    scored = next((one for one in layer_maps.values() if one.get("scores")), None)
+    if scored is not None:
+        found.append((f"What they rest on ({scored['allocation']})", _strip(scored)))
+    return found
+
+
 def maps(bits: Mapping[str, Sequence[int]]) -> str:
     """Bits by layer of several models, those with the same ones in one row; "" where there are fewer than two rows."""
     import plotly.graph_objects as go

@@ -37,3 +37,19 @@ def test_the_page(tmp_path: Path) -> None:
     page = render_report(tmp_path).read_text()
     assert "4 layers: 2 of 2 bits, 2 of 4 bits; perplexity 3.500 (full precision); perplexity 4.250 (quantised)." in page
     assert "<h2>Measures" in page and "<h2>Layers" in page and "<h2>Accuracy" not in page and "bits per weight" in page
+
+
+def test_a_pipeline_s_page_shows_where_each_model_has_its_bits(tmp_path: Path) -> None:
+    stages = []
+    for name, bits in (("nsds", MAP["bits"]), ("first_half", [4, 4, 2, 2])):
+        run = tmp_path / f"{name}-1"
+        run.mkdir()
+        (run / "layer_map.json").write_text(json.dumps(MAP | {"bits": bits} if name == "nsds" else {"bits": bits, "allocation": name}))
+        (run / "metrics.jsonl").write_text(json.dumps(LINE) + "\n")
+        stages.append({"name": name, "job": "quantize", "run_dir": str(run), "seconds": 1.0, "status": "done", "note": ""})
+    page = tmp_path / "story"
+    page.mkdir()
+    (page / "stages.json").write_text(json.dumps(stages))
+    text = render_report(page).read_text()
+    assert "Bits by layer" in text and "What they rest on (nsds)" in text and "<h2>Where a step" not in text
+    assert [title for title, _ in quantising.side_by_side({"uniform": {"bits": [3, 3], "allocation": "uniform", "scores": None}})] == []
