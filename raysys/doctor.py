@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,9 +118,16 @@ def shared_memory() -> list[Finding]:
 
 def compiler() -> list[Finding]:
     cc = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    header = Path(sysconfig.get_path("include")) / "Python.h"
     ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     return [
         Finding("C++ compiler", "ok" if cc else "warn", cc or "none", "install one (g++): some packages and DeepSpeed ops are compiled"),
+        Finding(
+            "Python headers",
+            "ok" if header.is_file() else "warn",
+            str(header),
+            "install python3-dev: kernels for GPUs are compiled with it",
+        ),
         Finding("ninja", "ok" if ninja else "warn", "found" if ninja else "none", "bash cluster/install.sh"),
     ]
 

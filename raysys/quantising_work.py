@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ class Quantiser:
         """Opens files and builds the model's skeleton. Raises ConfigError: see `Export`, `Skeleton` and `check_halves`."""
         import torch
 
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without, matrix products on a GPU are not of the deterministic kind
         torch.set_num_threads(self._work.config.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
         _ = self._pipeline

@@ -114,6 +114,7 @@ def run_gopd(config: GopdConfig, session: Session) -> None:
         starts = {"trainer": trainer.start, "scorer": scorers.start} | ({"rollout": pool.start} if pool else {})
         if config.colocate:
             start_all(trainer=starts.pop("trainer"))  # the engines live where it is
+            trainer.release_cache()  # and measure what is free there
         start_all(**starts)
         if pool is None:
             source, weights, evaluator = Replay(Path(str(config.rollout.replay))), NoPush(), NoEvaluation()
@@ -226,6 +227,7 @@ def _on_data(config: SftConfig | HpdConfig, session: Session, student: str, obje
         starts["data"] = partial(_open_data, config, session, student, streams)
         if lodging:
             start_all(trainer=starts.pop("trainer"))  # the scorers live where it is
+            trainer.release_cache()
         start_all(**starts)
         (stream,) = streams
         source = DataSource(stream)

@@ -3,7 +3,7 @@
 Everything but attention works token by token and never learns of rows. Attention is told where they begin through transformers'
 registry of attention functions:
 
-* on CUDA in bfloat16 or float16, torch's own variable-length flash attention;
+* on CUDA in bfloat16 or float16, torch's own variable-length flash attention, for heads of a width that it has;
 * elsewhere rows of about one length are laid out as a padded block, each block is one causal attention call (no mask, so the
   square of the packed length is never computed), and backward computes the block again, so that no padded tensor is kept.
   Rows of one length need no layout: they are a block as they lie.
@@ -32,6 +32,8 @@ NAME = "raysys_packed"
 """Of the attention function in transformers' registry."""
 
 _KINDS = {"full_attention", "sliding_attention"}
+_FLASH_WIDTH = 256
+"""Of a head, at most, in torch's flash attention."""
 _SLACK = 8
 """Tokens of padding in a block that cost less than a block more."""
 
@@ -194,12 +196,19 @@ def attention(
         raise _CannotPack(f"packed attention has no dropout and none of {sorted(asked)}")
     window = sliding_window if sliding_window is not None and sliding_window < packing.longest else None
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and torch.backends.cuda.is_flash_attention_available():
+    if _fits_flash(query, value):
         return _flash(query, key, value, packing, scaling, window)[None], None
     if (packing.lengths == packing.longest).all():
         q, k, v = (states.reshape(-1, packing.longest, *states.shape[1:]).transpose(1, 2) for states in (query, key, value))
         return _attend(q, k, v, scaling, window).transpose(1, 2).flatten(0, 1)[None], None
     return _Blocks.apply(query, key, value, packing, scaling, window)[None], None  # type: ignore[index]
+
+
+def _fits_flash(query: Tensor, value: Tensor) -> bool:
+    """[T, H, D] each. Heads of an odd width, or values narrower than keys, go block by block."""
+    width, half = query.shape[-1], query.dtype in (torch.bfloat16, torch.float16)
+    fits = width == value.shape[-1] and width <= _FLASH_WIDTH and not width % 8
+    return query.is_cuda and half and fits and torch.backends.cuda.is_flash_attention_available()
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float | None, window: int | None) -> Tensor:

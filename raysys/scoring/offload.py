@@ -26,6 +26,7 @@ def load_offloaded(folder: str, dtype: str, device: str, vocabulary: int | None 
     Raises:
         ConfigError: as there.
     """
+    os.environ["DS_ACCELERATOR"] = device  # before its import, which takes a GPU where it sees one
     import deepspeed
 
     if not torch.distributed.is_initialized():
@@ -56,5 +57,6 @@ def _alone(device: str) -> None:
         port = free.getsockname()[1]
     here = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(here)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # plain gloo serves; that operator would be compiled for a minute
+    if device == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # plain gloo serves; that operator would be compiled for a minute
     deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo", verbose=False)

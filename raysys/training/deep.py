@@ -44,8 +44,9 @@ def join(device: str, threads: int, seed: int) -> tuple[int, int, torch.device]:
     gpu = device == "gpu"
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    # Plain gloo serves; the shared-memory operator would be compiled for a minute first.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not gpu:  # to look at the table tries every operator's compiler, which on a GPU takes its time and complains
+        # Plain gloo serves; the shared-memory operator would be compiled for a minute first.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", verbose=False)
     here = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), here

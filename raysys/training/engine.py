@@ -110,7 +110,7 @@ class Engine:
         for index, pack in enumerate(packs):
             inputs = rows.inputs(pack)
             if inputs.dummy:
-                loss, target, part = torch.zeros(()), self._forward(inputs).sum(), 0.0
+                loss, target, part = torch.zeros((), device=self.device), self._forward(inputs).sum(), 0.0
             else:
                 before = None if old is None else torch.from_numpy(np.concatenate([old[int(row)] for row in pack])).to(self.device)
                 target, outputs, loss, metrics = self._loss(MicroBatch(self.spec.objective, inputs, rows.micro(pack), before))

@@ -57,7 +57,8 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self.wrong = {}
-        forget_packed_experts(self.model)
+        if self.device.type == "cpu":
+            forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -140,7 +141,10 @@ def mapped(path: str) -> Tensor:
 
 
 def forget_packed_experts(model: torch.nn.Module) -> None:
-    """On CPU a fused expert layer keeps the kernel that packed its first weights; without this a reload is silently ignored."""
+    """On CPU a fused expert layer keeps the kernel that packed its first weights; without this a reload is silently ignored.
+
+    Not for GPUs: kernels there read the layer's own tensors, vLLM writes new weights into these, and CUDA graphs hold on to the kernel.
+    """
     for module in model.modules():
         method: Any = getattr(module, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
@@ -158,10 +162,6 @@ class WeightExtension:
     def raysys_wrong(self: Any, index: int) -> list[str]:
         """Digests of a bucket's tensors as they came, nothing if it is as it left."""
         return self.weight_transfer_engine.wrong.get(index, [])
-
-    def raysys_forget_packed_experts(self: Any) -> None:
-        """See `forget_packed_experts`; for backends of vLLM's own, which do not know of it."""
-        forget_packed_experts(self.weight_transfer_engine.model)
 
     def raysys_dtypes(self: Any) -> dict[str, str]:
         """torch dtype by name of what the model holds; fused and packed tensors go by names of their own."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from raysys.buckets import Bucket, Plan
+from raysys.buckets import Bucket
 from raysys.weights.receive import SharedMemoryReceiver
 
 
@@ -36,10 +36,6 @@ class NcclReceiver(SharedMemoryReceiver):
 
         group = {"master_address": address, "master_port": port, "rank_offset": first_rank, "world_size": world_size, "packed": True}
         await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=group))
-
-    async def begin(self, engine: Any, plan: Plan) -> None:
-        await engine.collective_rpc("raysys_forget_packed_experts")
-        await super().begin(engine, plan)
 
     async def update(self, engine: Any, bucket: Bucket) -> None:
         """Takes part in the broadcast of one bucket; `NcclSender.send` is the other part and must run at the same time."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,3 +70,18 @@ def test_an_expert_left_behind_is_found_by_the_probe(place: Place) -> None:
         place.pusher().push(4)
     place.trainer.lie = None
     assert place.pusher().push(5).parity_gap < 1e-4
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_gpu_keeps_the_kernel_of_its_experts_which_cuda_graphs_hold_on_to(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.model_loader import reload
+
+    from raysys.weights.engine_backend import SharedMemoryEngine
+
+    monkeypatch.setattr(reload, "initialize_layerwise_reload", lambda _: None)
+    model: Any = torch.nn.Module()
+    model.quant_method = SimpleNamespace(moe_kernel=object())
+    engine = SharedMemoryEngine.__new__(SharedMemoryEngine)
+    engine.model, engine.device = model, torch.device(device)
+    engine.start_weight_update()
+    assert (model.quant_method.moe_kernel is None) == (device == "cpu")
