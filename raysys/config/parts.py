@@ -179,7 +179,8 @@ class Weights(Config):
     bucket_mib: PositiveInt = placed(256)
     """With ipc two buckets of it lie on the GPU during a push."""
     parity_tolerance: PositiveFloat | None = None
-    """Largest allowed log-prob gap between trainer and engine on the probe; null: 1e-3 in float32, 0.25 in bfloat16."""
+    """Allowed log-prob gap between trainer and engine on the probe, in nats: the largest in float32, the mean in bfloat16, where rounding
+    alone moves single unlikely tokens far. Null: 1e-3 and 0.25."""
 
     def check(self, colocate: bool) -> None:
         """Raises ValueError for a backend that cannot reach engines which share their GPU with the trainer, or do not."""

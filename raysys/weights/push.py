@@ -26,6 +26,8 @@ from raysys.weights.nccl import NcclSender
 PROBE = 32
 """Tokens of the parity probe, where the engine's window has room for them."""
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
+"""Of the largest gap in float32, of the mean in bfloat16: there two correct engines differ far on single unlikely tokens, while what is in
+the wrong place, or of long ago, moves them all."""
 
 
 class Gives(Protocol):
@@ -239,21 +241,21 @@ class Pusher:
     def _parity(self, audience: Audience, version: int) -> float:
         refs = audience.call("probe", self._probe)
         mine = np.asarray(self._trainer.probe_logprobs(self._probe))
-        gaps = {member: float(np.max(np.abs(np.asarray(found) - mine))) for member, found in audience.settle(refs, "probe").items()}
-        if not gaps:
+        found = {member: np.abs(np.asarray(theirs) - mine) for member, theirs in audience.settle(refs, "probe").items()}
+        if not found:
             return float("nan")
-        worst = max(gaps, key=lambda member: gaps[member] if np.isfinite(gaps[member]) else float("inf"))
-        allowed = self._config.parity_tolerance or self._default_tolerance()
-        if not gaps[worst] <= allowed:
-            gap = f"trainer and {worst.name} differ by {gaps[worst]:.3g} nats on the probe of push {version}, allowed: {allowed:g}"
+        rounded = any(dtype == "bfloat16" for layout in self._layouts for dtype in layout.dtypes)
+        judged = {member: float(np.mean(gaps) if rounded else np.max(gaps)) for member, gaps in found.items()}
+        worst = max(judged, key=lambda member: judged[member] if np.isfinite(judged[member]) else float("inf"))
+        allowed = self._config.parity_tolerance or _TOLERANCE["bfloat16" if rounded else "float32"]
+        if not judged[worst] <= allowed:
+            size = f"{judged[worst]:.3g} nats{' in the mean' if rounded else ''}"
+            gap = f"trainer and {worst.name} differ by {size} on the probe of push {version}, allowed: {allowed:g}"
             audience.ask("quarantine", gap)
             raise WeightSyncError(
                 f"{gap}: {self._first_difference(audience, worst)}", "set weights.parity_tolerance only if the gap is rounding"
             )
-        return gaps[worst]
-
-    def _default_tolerance(self) -> float:
-        return max(_TOLERANCE.get(dtype, 1e-3) for dtype in {dtype for layout in self._layouts for dtype in layout.dtypes})
+        return max(float(np.max(gaps)) for gaps in found.values())
 
     def _first_difference(self, audience: Audience, member: Any) -> str:
         for index in range(len(self._layouts)):

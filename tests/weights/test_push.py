@@ -8,13 +8,15 @@ import time
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 
 from raysys.batch import Batch
-from raysys.buckets import UNDER_WAY, Placed
+from raysys.buckets import UNDER_WAY, Layout, Placed
+from raysys.config.parts import Weights
 from raysys.errors import InfrastructureError, WeightSyncError
 from raysys.rollout.results import Result, attach
 from raysys.rollout.spec import Sampling
@@ -117,6 +119,27 @@ def test_parity_finds_what_digests_cannot(place: Place, name: str):
         place.pool.generate(ROW, SAMPLING)
     place.trainer.lie = None
     assert place.pusher().push(12).parity_gap < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "far", "told"),
+    [("bfloat16", 2.0, ""), ("bfloat16", 20.0, "differ by 0.625 nats in the mean"), ("float32", 2.0, "differ by 2 nats")],
+)
+def test_bfloat16_is_judged_by_the_mean_gap(dtype: str, far: float, told: str):
+    """One unlikely token in 32 that is far off is rounding there; all of it in the record."""
+    theirs = np.zeros(PROBE)
+    theirs[5] = far
+    audience = SimpleNamespace(call=lambda *_: {}, settle=lambda *_: {Path("worker"): theirs}, ask=lambda *_: {})
+    pusher = object.__new__(Pusher)
+    pusher._probe, pusher._trainer = [1], SimpleNamespace(probe_logprobs=lambda ids: np.zeros(PROBE))  # type: ignore[assignment]
+    pusher._config = Weights()
+    pusher._layouts = [Layout.of({"w": ((2,), dtype, 4)})]
+    pusher._first_difference = lambda *_: ""  # type: ignore[method-assign]
+    if not told:
+        assert pusher._parity(audience, 1) == far  # type: ignore[arg-type]
+        return
+    with pytest.raises(WeightSyncError, match=told):
+        pusher._parity(audience, 1)  # type: ignore[arg-type]
 
 
 def test_the_tolerance_can_be_set_and_the_probe_fits(place: Place):
