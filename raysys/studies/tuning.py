@@ -42,7 +42,7 @@ def execute(plan: Plan, script: Path, concurrent: int) -> int:
         write_json(plan.folder / "about.json", facts)
         write_atomically(plan.folder / "config.yaml", plan.config.to_yaml())
         left = plan.left
-        log.info("study %s in %s: %d runs, %d settled", plan.name, plan.folder, len(plan.runs), plan.settled)
+        log.info("study %s in %s: %d of %d runs to do, %d at once", plan.name, plan.folder, len(left), len(plan.runs), concurrent)
         if left:
             _tuner(plan, left, Launch.here(script), concurrent).fit()
         summary = publish(plan)
