@@ -3,7 +3,8 @@
 Legend: N windows, L positions of a window.
 
 Texts are joined, each with the tokenizer's end token behind it, and cut into whole windows. A task, or a row that has a prompt, is a
-window of its own: prompt, answer, end token, and padding behind it, which nothing real sees under causal attention.
+window of its own: prompt, answer, end token, and padding behind it, which nothing real sees under causal attention. So is a text where
+`joined` is false.
 """
 
 from __future__ import annotations
@@ -103,7 +104,14 @@ def warnings(windows: TokenWindows, wanted: int, columns: int, key: str = "calib
 
 
 def _of_texts(config: Windows, tokenizer: str, rng: np.random.Generator | None, key: str) -> TokenWindows:
-    ids = _joined(config, load_tokenizer(tokenizer), None if rng is not None else config.samples * config.length)
+    texts = _text_ids(config, load_tokenizer(tokenizer))
+    if not config.joined:
+        alone = list(itertools.islice((ids for ids in texts if len(ids) > 1), None if rng is not None else config.samples))
+        if not alone:
+            raise DataError(f"{config.path} has no text of two tokens or more", "give more text")
+        order = range(len(alone)) if rng is None else rng.permutation(len(alone))[: config.samples].tolist()
+        return _padded([(alone[number], 1) for number in order], config.length)
+    ids = _joined(texts, None if rng is not None else config.samples * config.length)
     if len(ids) < config.length:
         raise ConfigError(
             f"{key}.path={config.path} holds {len(ids)} tokens, which make no window of {key}.length={config.length}",
@@ -115,22 +123,28 @@ def _of_texts(config: Windows, tokenizer: str, rng: np.random.Generator | None, 
     return _padded([(window, 1) for window in windows], config.length)
 
 
-def _joined(config: Windows, tokenizer: object, enough: int | None) -> list[int]:
-    """Ids of the texts, up to `enough` of them."""
-    end = tokenizer.eos_token_id  # type: ignore[attr-defined]
+def _joined(texts: Iterator[list[int]], enough: int | None) -> list[int]:
+    """Ids of the texts, up to about `enough` of them."""
     ids: list[int] = []
+    for own in texts:
+        ids += own
+        if enough is not None and len(ids) >= enough:
+            break
+    return ids
+
+
+def _text_ids(config: Windows, tokenizer: object) -> Iterator[list[int]]:
+    """Ids of each text with the end token behind them. Raises DataError where there is no text."""
+    end = tokenizer.eos_token_id  # type: ignore[attr-defined]
     held, account = 0, Account.new()
     for text in _texts(str(config.path), account):
         (encoding,) = tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)  # type: ignore[attr-defined]
-        ids += encoding.ids
-        if end is not None:
-            ids.append(end)
+        yield encoding.ids if end is None else [*encoding.ids, end]
         held += len(text)
-        if held >= TEXT_BYTES or (enough is not None and len(ids) >= enough):
-            break
-    if not ids:
+        if held >= TEXT_BYTES:
+            return
+    if not held:
         raise DataError(f"{config.path} has no usable text: {'; '.join(account.bad.examples[:3])}", "rows need `text` or `prompt`")
-    return ids
 
 
 def _texts(path: str, account: Account) -> Iterator[str]:

@@ -30,6 +30,9 @@ class Windows(Config):
     """Windows."""
     length: int = Field(default=2048, ge=2)
     """Tokens of a window."""
+    joined: bool = True
+    """false: each text is a window of its own, too. For models that saw each document alone in training, as `jobs/pretrain_moe.py` makes
+    them."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

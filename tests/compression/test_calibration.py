@@ -42,6 +42,20 @@ def test_texts_are_joined_and_cut(tokenizer: str, tmp_path: Path) -> None:
     assert text(windows(tokenizer, in_order=True, path=str(tmp_path / "plain.txt")).ids[1]) == " number "
 
 
+def test_texts_can_stay_apart(tokenizer: str, tmp_path: Path) -> None:
+    rows = ["a", "", "second one", "third"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in rows))
+    apart = {"path": str(tmp_path / "texts.jsonl"), "joined": False, "samples": 3}
+    found = windows(tokenizer, in_order=True, **apart)
+    assert [text(ids[:length]) for ids, length in zip(found.ids, found.lengths, strict=True)] == ["a|", "second o", "third|"]
+    assert found.starts.tolist() == [1, 1, 1]
+    drawn = [windows(tokenizer, seed=seed, **apart | {"samples": 2}) for seed in (0, 0, 1)]
+    assert drawn[0].digest == drawn[1].digest and len(drawn[0]) == 2
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": ""}) + "\n")
+    with pytest.raises(DataError, match="no usable text"):
+        windows(tokenizer, **apart)
+
+
 def test_a_seed_chooses_and_its_hash_says_what(tokenizer: str, tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text("".join(chr(32 + n % 90) for n in range(400)))
     path = str(tmp_path / "plain.txt")
