@@ -215,7 +215,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chosen", [False, True])
 def test_grouped_products_give_what_blocks_give(chosen: bool) -> None:
-    """The form that CUDA takes, uncompiled; with `chosen`, experts that are elsewhere add nothing, whatever stands in the first row."""
+    """The form that CUDA takes, uncompiled; with `chosen`, experts that are elsewhere add nothing."""
     width, inner, experts, tokens, top_k = 32, 24, 6, 50, 3
     weights, indices = drawn(1, tokens, experts + 2 * chosen).softmax(-1).topk(top_k)
     indices = indices.clamp(max=experts)

@@ -129,7 +129,8 @@ def test_bfloat16_is_judged_by_the_mean_gap(dtype: str, far: float, told: str):
     """One unlikely token in 32 that is far off is rounding there; all of it in the record."""
     theirs = np.zeros(PROBE)
     theirs[5] = far
-    audience = SimpleNamespace(call=lambda *_: {}, settle=lambda *_: {Path("worker"): theirs}, ask=lambda *_: {})
+    member = Path("rollout worker 0")  # anything that has a name and can be a key
+    audience = SimpleNamespace(call=lambda *_: {}, settle=lambda *_: {member: theirs}, ask=lambda *_: {})
     pusher = object.__new__(Pusher)
     pusher._probe, pusher._trainer = [1], SimpleNamespace(probe_logprobs=lambda ids: np.zeros(PROBE))  # type: ignore[assignment]
     pusher._config = Weights()
