@@ -196,7 +196,7 @@ def a_ray(home: Path, runs: int = 1) -> Iterator[dict[str, str]]:
         return
     with head.locked(home):
         found = head.running(home)
-        mine = found or head.start(home, cpus=runs * max(8, os.cpu_count() or 1))
+        mine = found or head.start(home, cpus=max(8 * runs, os.cpu_count() or 1))
     try:
         yield mine.environment()
     finally:

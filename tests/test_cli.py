@@ -9,6 +9,7 @@ import pytest
 from raysys import cli, doctor, plan, plan_quantising
 from raysys.config.parts import Rollout, Scoring, Trainer
 from raysys.config.runs import GopdConfig, NewModel
+from raysys.errors import ConfigError
 from raysys.methods import logprobs_blocks
 from raysys.models.shape import Shape, new_shape, shape_of
 
@@ -62,6 +63,12 @@ def test_parameters_equal_those_of_the_real_model(tmp_path: Path, tied: bool) ->
 )
 def test_published_models_have_their_published_size(model: str, parameters: int) -> None:
     assert shape_of(model).parameters == parameters
+
+
+def test_a_damaged_config_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 25')
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read: .*copy it again"):
+        shape_of(str(tmp_path))
 
 
 def test_experts_count_only_where_a_token_passes() -> None:

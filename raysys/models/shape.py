@@ -102,11 +102,15 @@ def shape_of(model: str, default: NewModel | None = None) -> Shape:
         default: stands in for a folder that an earlier job will make.
 
     Raises:
-        ConfigError: no folder, no public numbers, and the hub does not answer.
+        ConfigError: a damaged `config.json`; or no folder, no public numbers, and the hub does not answer.
     """
     folder = Path(model)
     if (folder / "config.json").is_file():
-        return _measure(model, f"{folder}/config.json", json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        try:
+            numbers = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder}/config.json cannot be read: {error}", "the folder is damaged, copy it again") from None
+        return _measure(model, f"{folder}/config.json", numbers)
     known = max((name for name in PUBLIC if name.lower() in model.lower()), key=len, default=None)
     if known is not None:
         return _measure(model, f"published numbers of {known}", PUBLIC[known])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,14 @@ SETTLED = ("done", "collapsed")
 """States of runs that are not started again: a collapse is a result."""
 
 
+@dataclass(frozen=True)
+class Asks:
+    """What a run keeps busy: so many GPUs, or where it takes none so many CPU cores."""
+
+    gpus: int = 1
+    cores: int = 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """What a job's `--study NAME` runs.
@@ -35,6 +43,10 @@ class Study:
         columns: of the table.
         told: metrics of a step that are shown while the study runs.
         pareto: titles of two columns whose values, both better when smaller, are drawn against each other.
+        asks: what a run with this config keeps busy, which says how many run at once.
+        shares: key of a folder in which runs keep for each other what all of them would find out; where the config leaves it null, it is
+            one in the study's folder. Files and not Ray's objects: each run is a driver of its own, and a study that was killed goes on
+            with them.
     """
 
     title: str
@@ -42,6 +54,8 @@ class Study:
     columns: Sequence[Column]
     told: Sequence[str] = ("loss",)
     pareto: tuple[str, str] | None = None
+    asks: Callable[[Any], Asks] = lambda config: Asks()
+    shares: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +177,8 @@ def _planned(cell: str, seed: int, study: Study, kind: type[Run], path: Path, ov
     values = read_yaml(path)
     place = folder / f"{cell}-seed{seed}"
     keys = {**study.cells[cell], "seed": seed, "name": f"{folder.name}-{place.name}", "run_dir": str(place)}
+    if study.shares is not None and values.get(study.shares) is None:
+        values[study.shares] = str(folder / "shared")
     for override in (*overrides, *(f"{key}={json.dumps(value)}" for key, value in keys.items())):
         set_key(values, override)
     planned = Planned(cell, seed, kind.parse(values, source=f"cell {cell}"))

@@ -15,6 +15,7 @@ from raysys.config.runs import Run
 from raysys.errors import ConfigError
 from raysys.studies import ablation
 from raysys.studies.ablation import Plan, Study
+from raysys.studies.room import Room, at_once
 
 SEEDS = "0,1,2"
 Kind = TypeVar("Kind", bound=Run)
@@ -25,7 +26,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study", metavar="NAME", help="run a study instead: cells times seeds, each a run of its own")
     parser.add_argument("--seeds", help=f"of a study, default {SEEDS}")
     parser.add_argument("--cells", help="of a study, those whose runs are started, default all")
-    parser.add_argument("--concurrent", type=int, help="runs of a study at once, default 1")
+    parser.add_argument("--concurrent", type=int, help="runs of a study at once, default as many as the cluster has room for")
 
 
 def run(job: str, kind: type[Kind], options: argparse.Namespace, studies: Mapping[str, Study]) -> int:
@@ -45,18 +46,19 @@ def run(job: str, kind: type[Kind], options: argparse.Namespace, studies: Mappin
         for one in plan.runs:
             status, reason = one.state()
             print(f"{one.name}: {status}{f' ({reason})' if reason else ''}, {one.folder}")
-        print(f"study {plan.name}: {len(plan.left)} of {len(plan.runs)} runs to do, {options.concurrent or 1} at once")
+        together = f"{options.concurrent} at once" if options.concurrent else "as many at once as fit"
+        print(f"study {plan.name}: {len(plan.left)} of {len(plan.runs)} runs to do, {together}")
         return 0
     stages.stop_on_signals()
     try:
-        with stages.a_ray(submit.home_folder(), options.concurrent or 1) as env:
-            return _execute(plan, env, options.concurrent or 1)
+        with stages.a_ray(submit.home_folder(), options.concurrent or at_once(plan, Room.of_machine())) as env:
+            return _execute(plan, env, options.concurrent)
     except stages.Stopped as stopped:
         print("stopped; the same command goes on where it was", file=sys.stderr, flush=True)
         return 128 + stopped.signum
 
 
-def _execute(plan: Plan, env: Mapping[str, str], concurrent: int) -> int:
+def _execute(plan: Plan, env: Mapping[str, str], concurrent: int | None) -> int:
     if "RAY_AUTH_TOKEN" not in env:
         os.environ.pop("RAY_AUTH_TOKEN", None)  # it would win over the file
     os.environ.update(env)
@@ -69,7 +71,7 @@ def _execute(plan: Plan, env: Mapping[str, str], concurrent: int) -> int:
     jobs.connect()
     stages.stop_on_signals()  # Ray has set its own
     try:
-        return tuning.execute(plan, jobs.ROOT / "jobs" / f"{plan.job}.py", concurrent)
+        return tuning.execute(plan, jobs.ROOT / "jobs" / f"{plan.job}.py", concurrent or at_once(plan, Room.of_cluster()))
     finally:
         ray.shutdown()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raysys.studies.ablation import Study
+from raysys.studies.ablation import Asks, Study
 from raysys.studies.measures import Column
 
 MPI: dict[str, Any] = {"router.mpi": True, "router.iterations": 1, "router.matrix": "gate", "router.detach_expert": False}
@@ -33,6 +33,7 @@ ROUTER = Study(
         Column("tokens/s", lambda seen: seen.mean("tokens_per_second"), share=False, digits=0),
     ),
     told=("loss", "max_violation"),
+    asks=lambda config: Asks(gpus=config.trainer.fewest, cores=config.trainer.fewest * config.trainer.threads),
 )
 
 STUDIES = {"router": ROUTER}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from raysys.studies.ablation import Study
+from raysys.studies.ablation import Asks, Study
 from raysys.studies.measures import Column, Seen, number
 
 METHODS = ("rtn", "gptq", "gptaq", "d2quant")
@@ -54,6 +54,8 @@ SENSITIVITY = Study(
     ),
     told=("error_after",),
     pareto=("bits per weight", "perplexity"),
+    asks=lambda config: Asks(gpus=1, cores=config.threads),
+    shares="shared",
 )
 
 STUDIES = {"sensitivity": SENSITIVITY}

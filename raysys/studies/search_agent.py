@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any, Literal
 
-from raysys.studies.ablation import Study
+from raysys.config.agents import SearchAgentConfig
+from raysys.studies.ablation import Asks, Study
 from raysys.studies.measures import Column, Seen, number
 
 FULL: dict[str, Any] = {"advantage": "calibadv", "opener": True, "soft_penalty": True, "rebalance": 1.0}
@@ -19,6 +20,11 @@ def _f1(seen: Seen, when: Literal["before", "after"]) -> float | None:
     domains = (seen.evaluation(when) or {}).get("domains", {}).values()
     scores = [score for one in domains if (score := number(one.get("score"))) is not None]
     return found if found is not None or not scores else statistics.fmean(scores)
+
+
+def _asks(config: SearchAgentConfig) -> Asks:
+    engines, ranks = config.rollout.fewest, config.trainer.ranks
+    return Asks(engines * config.rollout.tensor_parallel + ranks, engines * config.rollout.threads + ranks * config.trainer.threads)
 
 
 ABLATION = Study(
@@ -43,6 +49,7 @@ ABLATION = Study(
         Column("softened", lambda seen: seen.mean("softened_of_negative")),
     ),
     told=("reward", "searches", "high_ppl"),
+    asks=_asks,
 )
 
 STUDIES = {"ablation": ABLATION}

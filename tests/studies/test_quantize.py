@@ -50,6 +50,13 @@ def test_cells_are_methods_times_bits_times_places(plan: ablation.Plan) -> None:
     assert len({json.dumps(one.identity(), default=str) for one in found.values()}) == len(found)
 
 
+def test_runs_share_what_they_know_of_the_model_in_full(tmp_path: Path, plan: ablation.Plan) -> None:
+    assert {one.config.shared for one in plan.runs} == {str(plan.folder / "shared")}  # type: ignore[attr-defined]
+    path = tmp_path / "bits.yaml"
+    elsewhere = ablation.plan("quantize", "sensitivity", STUDIES, QuantizeConfig, path, ["shared=mine"], "0", tmp_path / "runs")
+    assert {one.config.shared for one in elsewhere.runs} == {"mine"}  # type: ignore[attr-defined]
+
+
 def test_the_table_and_the_file_have_each_models_own_measures(plan: ablation.Plan) -> None:
     first = plan.runs[0]
     leave(first, 2.25, {"full precision": 5.0, "quantised": 9.0, "quantised, with its correction": 8.0})
