@@ -28,6 +28,8 @@ from raysys.methods.tensors import compute_dtype
 
 Matrix = Literal["gate", "up", "down"]
 MATRICES: tuple[Matrix, ...] = ("gate", "up", "down")
+_LARGE = 1 << 16
+"""Numbers of an expert's matrix from which it is worth a call of its own on CPU."""
 
 
 def effective_router(router: Tensor, expert_gate: Tensor, scale: float, iterations: int = 1, detach_expert: bool = False) -> Tensor:
@@ -82,23 +84,37 @@ class _PowerStep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, matrix: Tensor, sized: bool) -> Tensor:
-        inner = torch.bmm(matrix, rows.unsqueeze(-1)).squeeze(-1)
-        size = _largest(inner) if sized else torch.ones_like(inner[:, :1])
-        inner = inner / size
+        inner, size, out = _there_and_back(matrix, rows, None if sized else torch.ones_like(rows[:, :1]))
         ctx.save_for_backward(rows, matrix, inner, size)
-        return torch.bmm(inner.unsqueeze(1), matrix).squeeze(1)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         rows, matrix, inner, size = ctx.saved_tensors
         (grad,) = grads
-        back = torch.bmm(matrix, grad.unsqueeze(-1)).squeeze(-1) / size
-        to_rows = torch.bmm(back.unsqueeze(1), matrix).squeeze(1) if ctx.needs_input_grad[0] else None
+        back, _, to_rows = _there_and_back(matrix, grad, size)
         to_matrix = None
         if ctx.needs_input_grad[1]:
             to_matrix = torch.bmm(torch.stack([inner, back], dim=2), torch.stack([grad, rows], dim=1))
         return to_rows, to_matrix, None
+
+
+def _there_and_back(matrix: Tensor, rows: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """W_i r_i over `size` [N, 1] (None: its largest entry), [N, d]; that size; and W_i^T of the quotient, [N, D]."""
+    if matrix.device.type != "cpu" or matrix.shape[1] * matrix.shape[2] < _LARGE:
+        inner = torch.bmm(matrix, rows.unsqueeze(-1)).squeeze(-1)
+        size = _largest(inner) if size is None else size
+        inner = inner / size
+        return inner, size, torch.bmm(inner.unsqueeze(1), matrix).squeeze(1)
+    # One expert after another, so that its matrix, which the second product reads again, is still in the processor's cache.
+    inner, sizes, out = rows.new_empty(matrix.shape[:2]), rows.new_empty(len(rows), 1), torch.empty_like(rows)
+    for i, (one, row) in enumerate(zip(matrix, rows, strict=True)):
+        there = one @ row
+        sizes[i] = _largest(there) if size is None else size[i]
+        inner[i] = there / sizes[i]
+        out[i] = inner[i] @ one
+    return inner, sizes, out
 
 
 def input_matrix(which: Matrix, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from raysys.methods import mpi
 from raysys.methods.mpi import Matrix, alignment, effective_router, input_matrix, max_violation, powered, row_cosine
 
 N, INNER, WIDTH, SCALE = 5, 6, 8, 0.7
@@ -61,8 +62,10 @@ def test_2_invariances() -> None:
         torch.testing.assert_close(same, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("large", [1, 1 << 30], ids=["expert by expert", "all together"])
 @pytest.mark.parametrize("iterations", [1, 2, 5])
-def test_value_and_gradients_are_those_of_the_gram_form(iterations: int) -> None:
+def test_value_and_gradients_are_those_of_the_gram_form(iterations: int, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpi, "_LARGE", large)
     results = []
     for form in (lambda r, w: effective_router(r, w, SCALE, iterations), lambda r, w: plain(r, w, iterations)):
         router, gate = (one.requires_grad_() for one in drawn())
@@ -71,6 +74,19 @@ def test_value_and_gradients_are_those_of_the_gram_form(iterations: int) -> None
         results.append((out.detach(), router.grad, gate.grad))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_large_experts_one_by_one_are_those_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    router, down = drawn(n=3, width=1024, inner=1)[0], drawn(n=3, inner=1024, width=512)[1]
+    results = []
+    for large in (mpi._LARGE, 1 << 30):
+        monkeypatch.setattr(mpi, "_LARGE", large)
+        leaves = router.clone().requires_grad_(), down.clone().requires_grad_()
+        out = effective_router(leaves[0], input_matrix("down", down, down, leaves[1]), SCALE, 2)
+        (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        results.append((out.detach(), leaves[0].grad, leaves[1].grad))
+    for one_by_one, together in zip(*results, strict=True):
+        torch.testing.assert_close(one_by_one, together, rtol=1e-10, atol=1e-12)
 
 
 def test_3_gradients_are_orthogonal_and_the_closed_forms() -> None:
