@@ -113,6 +113,9 @@ def _run(command: list[str], name: str, env: Mapping[str, str]) -> int:
         patience = (5.0, 10.0) if stopped.signum == signal.SIGINT else (0.8, 1.2)
         _end(stage, *patience)
         raise
+    except BaseException:  # such as BrokenPipeError: whoever read our output has gone, and nobody would ever end the stage
+        _end(stage, 0.0, 10.0)
+        raise
 
 
 def _end(stage: subprocess.Popen[str], before_term: float, before_kill: float) -> None:

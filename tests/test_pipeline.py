@@ -252,6 +252,20 @@ def test_a_signal_ends_the_running_stage_too(place: Path, signum: signal.Signals
     assert b"the same command goes on" in output
 
 
+def test_a_stage_ends_when_nobody_reads_the_output_any_more(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*said: object, **how: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    (place / "says.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n")
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(stages.subprocess, "Popen", lambda *command, **how: started.append(popen(*command, **how)) or started[0])
+    monkeypatch.setattr(stages, "print", gone, raising=False)
+    with pytest.raises(BrokenPipeError):
+        stages._run([sys.executable, str(place / "says.py")], "base", os.environ)
+    assert started[0].returncode == -signal.SIGTERM
+
+
 def test_check_prints_the_plan_and_runs_nothing(place: Path) -> None:
     script = Path(__file__).parent.parent / "jobs" / "pipeline.py"
     env = {**os.environ, "RAYSYS_RUNS_DIR": str(place / "runs")}
