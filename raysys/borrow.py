@@ -12,7 +12,7 @@ from raysys import head as heads
 from raysys.head import Head
 
 _USERS = "users"
-_PARTING_SECONDS = 3.0
+_PARTING_SECONDS = 5.0
 """For so long Ray may list who has just ended as running."""
 
 
