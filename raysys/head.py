@@ -1,7 +1,7 @@
 """A Ray head on this machine: token-protected, on free ports, stopped by its own handle.
 
 `ray stop` ends every Ray on the machine by name; this never does. One head serves one folder (`home`, usually `.raysys/` of the
-checkout): whoever needs it takes the one that is alive or starts it, and the last one to leave stops it.
+checkout): whoever needs it takes the one that is alive or starts it, and the last one to leave stops it (`raysys.borrow`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import http.client
 import json
 import os
 import secrets
@@ -19,11 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -31,7 +32,12 @@ from raysys.errors import ConfigError, InfrastructureError
 
 PORT_KNOB = "RAYSYS_DASHBOARD_PORT"
 STORE_KNOB = "RAYSYS_OBJECT_STORE_GIB"
+STOP = "bash cluster/quickstart.sh --stop-head"
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+"""States of a job that does not run any more."""
 _GIB = 1 << 30
+_PATIENCE_SECONDS = 30.0
+"""For so long a head that lives may be too busy to answer."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +76,18 @@ class Head:
 
     def answers(self, timeout: float = 2.0) -> bool:
         """Whether the dashboard accepts the token and can list jobs."""
-        token = Path(self.token_path).read_text().strip()
-        request = urllib.request.Request(f"{self.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+        return self.jobs(timeout) is not None
+
+    def jobs(self, timeout: float = 2.0) -> list[dict[str, Any]] | None:
+        """What the dashboard lists: jobs that were submitted and drivers started by hand, ended ones too; None: it gives no answer."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
+            token = Path(self.token_path).read_text().strip()
+            request = urllib.request.Request(f"{self.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
             with opener.open(request, timeout=timeout) as reply:
-                return reply.status == 200
-        except (urllib.error.URLError, OSError):
-            return False
+                return json.load(reply)
+        except (OSError, ValueError, http.client.HTTPException):
+            return None
 
     def stop(self, timeout: float = 15.0) -> None:
         """Ends this head and everything it started; returns when all of it is gone."""
@@ -113,13 +123,30 @@ def locked(home: Path) -> Iterator[None]:
         yield
 
 
-def running(home: Path) -> Head | None:
-    """The head of `home`, if it is alive and answers."""
+def living(home: Path) -> Head | None:
+    """The head of `home` if its process is alive, whether it answers or not."""
     try:
         head = Head(**json.loads((home / "head.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
-    return head if head.alive() and head.answers() else None
+    return head if head.alive() else None
+
+
+def running(home: Path) -> Head | None:
+    """The head of `home`, if it is alive.
+
+    Raises:
+        InfrastructureError: it is alive and does not answer, however often it is asked.
+    """
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while (head := living(home)) is not None and not head.answers():
+        if time.monotonic() > deadline:
+            raise InfrastructureError(
+                f"the Ray head of {home} (process {head.pid}) is alive, but {head.dashboard} has not answered for {_PATIENCE_SECONDS:g} s",
+                f"wait until it is less busy, or end it with all that runs on it: {STOP}",
+            )
+        time.sleep(0.5)
+    return head
 
 
 def start(
@@ -143,9 +170,11 @@ def start(
 
     Raises:
         ConfigError: the dashboard port that `RAYSYS_DASHBOARD_PORT` asks for is in use.
-        InfrastructureError: the head died or did not answer; the end of its log is in the text.
+        InfrastructureError: `home` has a head that is alive, or the new one died or did not answer; the end of its log is in the text.
     """
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if (head := living(home)) is not None:  # whatever it does not answer: others may have their runs on it
+        raise InfrastructureError(f"{home} has a Ray head that is alive (process {head.pid})", f"end it with all that runs on it: {STOP}")
     _sweep(home)
     with _ports_to_itself():
         return _start(home, cpus, resources, gcs_port, options, timeout)
@@ -299,8 +328,8 @@ def small_machine() -> dict[str, str]:
 
 def remove_traces(home: Path) -> None:
     """Stops the head of `home` and removes its temporary folders, logs included."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        Head(**json.loads((home / "head.json").read_text())).stop()
+    if (head := living(home)) is not None:
+        head.stop()
     prefix = Path(_temp_prefix(home))
     for folder in prefix.parent.glob(prefix.name + "*"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -312,9 +341,7 @@ def _temp_prefix(home: Path) -> str:
 
 
 def _sweep(home: Path) -> None:
-    """Ends what an earlier owner left behind, and removes all temporary folders but the newest (its logs may be wanted)."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        Head(**json.loads((home / "head.json").read_text())).stop()
+    """Removes all temporary folders of earlier heads but the newest (its logs may be wanted)."""
     prefix = Path(_temp_prefix(home))
     folders = sorted(prefix.parent.glob(prefix.name + "*"), key=lambda path: path.stat().st_mtime)
     for folder in folders[:-1]:

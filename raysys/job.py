@@ -86,7 +86,7 @@ def main(job: str, kind: type[Kind], argv: Sequence[str] | None = None, studies:
                 config.deadlines.start,
             )
         if supervise.attempt() is not None:
-            die_with_parent()
+            die_with_parent(supervise.supervisor())
         find_ray()  # before Ray is imported, which reads the token's whereabouts once
         from raysys import wiring
 
@@ -100,6 +100,8 @@ def main(job: str, kind: type[Kind], argv: Sequence[str] | None = None, studies:
         return 2
     except RaysysError as error:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, InfrastructureError) and supervise.attempt():
+            return supervise.TRY_AGAIN  # it worked before: what is away now may be back in a moment
         return COLLAPSED if isinstance(error, NumericsError) else 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the newest resume point", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import uuid
@@ -34,7 +35,8 @@ def sweep() -> None:
     for path in FOLDER.glob(f"{PREFIX}*"):
         owner = path.name.removeprefix(PREFIX).partition("-")[0]
         if not (Path("/proc") / owner).exists() or int(owner) == os.getpid():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # gone meanwhile, or another user's: only that one can remove it
+                path.unlink()
 
 
 class Slots:

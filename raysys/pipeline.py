@@ -16,10 +16,11 @@ from typing import Any
 
 import yaml
 
-from raysys.config.base import read_yaml, set_key
+from raysys.config.base import parent_of, read_yaml, set_key
 from raysys.config.jobs import CONFIGS
 from raysys.config.runs import PipelineConfig, Run, Stage
 from raysys.errors import ConfigError
+from raysys.files import read_json_lines
 
 OWN_KEYS = ("name", "run_dir", "seed", "device", "title")
 """Overrides with these keys are the pipeline's; all others go to its main stages."""
@@ -126,10 +127,8 @@ def _name(config: PipelineConfig, path: Path, overrides: Sequence[str], stages: 
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-    values[last] = {**values[last], **value} if isinstance(value, Mapping) and isinstance(values.get(last), Mapping) else value
+    inner, last = parent_of(values, key)
+    inner[last] = {**inner[last], **value} if isinstance(value, Mapping) and isinstance(inner.get(last), Mapping) else value
 
 
 def _substitute(value: Any, stage: str, known: Mapping[str, tuple[str, str]]) -> Any:
@@ -200,7 +199,7 @@ def _split(stage: Planned) -> str:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] if path.is_file() else []
+    return [record for _, record in read_json_lines(path)]
 
 
 def table(facts: Mapping[str, Any]) -> str:

@@ -113,6 +113,9 @@ def _run(command: list[str], name: str, env: Mapping[str, str]) -> int:
         patience = (5.0, 10.0) if stopped.signum == signal.SIGINT else (0.8, 1.2)
         _end(stage, *patience)
         raise
+    except BaseException:  # such as BrokenPipeError: whoever read our output has gone, and nobody would ever end the stage
+        _end(stage, 0.0, 10.0)
+        raise
 
 
 def _end(stage: subprocess.Popen[str], before_term: float, before_kill: float) -> None:
@@ -184,21 +187,15 @@ def stop_on_signals() -> None:
 
 @contextmanager
 def a_ray(home: Path, runs: int = 1) -> Iterator[dict[str, str]]:
-    """The environment of the Ray that `RAY_ADDRESS` names, else of the head of `home`, started for the time of the block if need be.
+    """The environment of the Ray that `RAY_ADDRESS` names, else of the head of `home`, which is started if need be.
 
     Args:
         runs: at once. A head that is started has logical CPUs for each: without, all wait for one that nobody gives back.
     """
-    from raysys import head
+    from raysys.borrow import borrowed
 
     if os.environ.get("RAY_ADDRESS"):
         yield dict(os.environ)
         return
-    with head.locked(home):
-        found = head.running(home)
-        mine = found or head.start(home, cpus=max(8 * runs, os.cpu_count() or 1))
-    try:
+    with borrowed(home, cpus=max(8 * runs, os.cpu_count() or 1)) as (mine, _):
         yield mine.environment()
-    finally:
-        if found is None:
-            mine.stop()

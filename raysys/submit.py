@@ -6,26 +6,24 @@ Without RAY_ADDRESS it starts (or takes) this checkout's own head; with `RAY_ADD
 from __future__ import annotations
 
 import argparse
-import asyncio
-import logging
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ConfigDict
 
+from raysys import following
 from raysys import head as heads
+from raysys.borrow import borrowed
 from raysys.config.jobs import CONFIGS
 from raysys.config.runs import Run
-from raysys.errors import ConfigError, InfrastructureError, RaysysError
+from raysys.errors import ConfigError, RaysysError
 
 ROOT = Path(__file__).resolve().parent.parent
 EXCLUDES = [
@@ -39,9 +37,6 @@ class PlainRun(Run):
     """What is known of a job that `CONFIGS` does not list: any further key passes, the job itself judges it."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 @dataclass(frozen=True)
@@ -164,39 +159,19 @@ def _local(request: Request, keep_head: bool) -> int:
     )
     if check.returncode:
         return check.returncode
-    home, began = home_folder(), time.monotonic()
-    with _Watch() as watch:
-        with heads.locked(home):
-            found = heads.running(home)
-            head = found or heads.start(home)
+    began = time.monotonic()
+    with _Watch() as watch, borrowed(home_folder(), keep=keep_head) as (head, found):
         print(f"Ray head {'found' if found else 'started'} in {time.monotonic() - began:.1f} s, dashboard {head.dashboard}", flush=True)
-        try:
-            os.environ.pop("RAY_AUTH_TOKEN", None)  # a cluster's token, and it would win over the head's own
-            os.environ.update(head.environment({}))
-            for name in ("NO_PROXY", "no_proxy"):  # a proxy knows nothing of this machine's loopback
-                os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
-            return _run(request, head.dashboard, str(request.config), travelling, watch)
-        finally:
-            if not keep_head:
-                _leave(home, head)
-
-
-def _leave(home: Path, head: heads.Head) -> None:
-    """Stops the head unless another job is still running on it."""
-    with heads.locked(home):
-        try:
-            busy = [job.submission_id for job in _client(head.dashboard).list_jobs() if str(job.status) not in ENDED]
-        except RaysysError:
-            busy = []
-        if busy:
-            print(f"the Ray head stays: {len(busy)} other job(s) run on it", flush=True)
-        else:
-            head.stop()
+        os.environ.pop("RAY_AUTH_TOKEN", None)  # a cluster's token, and it would win over the head's own
+        os.environ.update(head.environment({}))
+        for name in ("NO_PROXY", "no_proxy"):  # a proxy knows nothing of this machine's loopback
+            os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
+        return _run(request, head.dashboard, str(request.config), travelling, watch)
 
 
 def _stop_head() -> int:
     with heads.locked(home_folder()):
-        head = heads.running(home_folder())
+        head = heads.living(home_folder())  # also one that does not answer any more
         if head is not None:
             head.stop()
     print("Ray head stopped" if head else "no Ray head of this checkout is running")
@@ -283,30 +258,8 @@ class _Watch:
         raise _Signalled(signum)
 
 
-def _client(address: str) -> Any:
-    """A job client, or one clear line: refused, unreachable."""
-    from ray.job_submission import JobSubmissionClient
-
-    for chatty in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{chatty}").setLevel(logging.ERROR)  # each sets its own level when imported
-    try:
-        return JobSubmissionClient(address)
-    except Exception as error:  # Ray raises its own, requests' and plain RuntimeErrors here
-        raise _plain(error, address) from None
-
-
-def _plain(error: Exception, address: str) -> RaysysError:
-    text = str(error).strip()
-    if type(error).__name__ == "AuthenticationError" or "401" in text or "403" in text:
-        which = "refused the token" if "403" in text or "invalid" in text.lower() else "wants a token (401)"
-        return ConfigError(f"the cluster at {address} {which}", "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to the cluster's token file")
-    if isinstance(error, ConnectionError) or "connect" in text.lower():
-        return InfrastructureError(f"no Ray dashboard answers at {address}", "check RAY_ADDRESS, the port and the network")
-    return InfrastructureError(f"the cluster at {address} did not take the job: {text.splitlines()[0] if text else type(error).__name__}")
-
-
 def _run(request: Request, address: str, config: str, env: Mapping[str, str], watch: _Watch) -> int:
-    client = _client(address)
+    client = following.connected(address)
     began = time.monotonic()
     os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")  # ours name more, and Ray would warn of each of its own
     try:
@@ -315,66 +268,15 @@ def _run(request: Request, address: str, config: str, env: Mapping[str, str], wa
             runtime_env={"working_dir": str(ROOT), "excludes": EXCLUDES, "env_vars": dict(env)},
         )
     except Exception as error:
-        raise _plain(error, address) from None
+        raise following.plain(error, address) from None
     watch.restore()
     print(f"job {job} submitted in {time.monotonic() - began:.1f} s", flush=True)
     try:
-        return _follow(client, job)
+        return following.follow(client, job, address)
     except _Signalled:
         print(f"stopping job {job}", flush=True)
-        _stop_job(client, job)
+        following.stop(client, job)
         raise
-
-
-def _follow(client: Any, job: str) -> int:
-    """Prints the job's output as it comes; returns its exit code."""
-    printer = threading.Thread(target=_print_logs, args=(client, job), daemon=True)
-    printer.start()
-    while str(client.get_job_status(job)) not in ENDED:
-        time.sleep(0.3)
-    printer.join(timeout=5)
-    info = client.get_job_info(job)
-    if str(info.status) == "SUCCEEDED":
-        return 0
-    if info.driver_exit_code is None or str(info.status) == "STOPPED":
-        print(
-            f"job {job}: {str(info.status).lower()}; {(info.message or '').strip().splitlines()[0][:300] if info.message else ''}",
-            flush=True,
-        )
-    return info.driver_exit_code or 1
-
-
-def _print_logs(client: Any, job: str) -> None:
-    """Ray's tail starts from the beginning after a lost connection: what is on the screen already is left out."""
-    shown = 0
-
-    async def tail() -> None:
-        nonlocal shown
-        seen = 0
-        async for text in client.tail_job_logs(job):
-            fresh = text[max(0, shown - seen) :]
-            seen += len(text)
-            if fresh:
-                print(fresh, end="", flush=True)
-                shown = seen
-
-    for _ in range(5):
-        try:
-            return asyncio.run(tail())
-        except BrokenPipeError:  # whoever read our output has gone
-            return None
-        except Exception:  # aiohttp's and Ray's own; the status loop reports what matters
-            time.sleep(1)
-
-
-def _stop_job(client: Any, job: str, timeout: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout
-    try:
-        client.stop_job(job)
-        while str(client.get_job_status(job)) not in ENDED and time.monotonic() < deadline:
-            time.sleep(0.2)
-    except Exception as error:
-        print(f"could not stop job {job}: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 log = logging.getLogger("raysys")
 
 ATTEMPT = "RAYSYS_ATTEMPT"
+SUPERVISOR = "RAYSYS_SUPERVISOR"
 TRY_AGAIN = 75
 """Exit code of an attempt that another one may better (EX_TEMPFAIL)."""
 _PAUSE_SECONDS = 1.0
@@ -29,6 +30,12 @@ def attempt() -> int | None:
     """Which attempt this process is, from 0; None: it is not supervised."""
     number = os.environ.get(ATTEMPT)
     return int(number) if number is not None else None
+
+
+def supervisor() -> int | None:
+    """Id of the process that started this attempt. It is told once: what this process starts has another parent."""
+    pid = os.environ.pop(SUPERVISOR, None)
+    return int(pid) if pid is not None else None
 
 
 def supervise(
@@ -51,7 +58,7 @@ def supervise(
     """
     number, left, known = 0, restarts, progress()
     while True:
-        child = subprocess.Popen(command, env=os.environ | {ATTEMPT: str(number)})
+        child = subprocess.Popen(command, env=os.environ | {ATTEMPT: str(number), SUPERVISOR: str(os.getpid())})
         code = _wait(child, pulse, silence, max(silence, begin))
         if code not in (TRY_AGAIN, -signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT):
             return 128 - code if code < 0 else code

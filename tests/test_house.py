@@ -34,6 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "buckets": set(),
     "runtime": {"errors"},
     "head": {"errors"},
+    "borrow": {"head"},
+    "following": {"errors", "head"},
     "tasks": {"errors"},
     "models": {"config", "errors", "methods", "runtime", "batch"},
     "ledger": {"config", "errors", "files", "batch", "runtime"},

@@ -49,3 +49,15 @@ def test_another_process_knows_the_memory_and_sweeps_only_what_is_left_behind() 
         assert not Path(orphan).exists() and kept.exists()
     finally:
         kept.unlink()
+
+
+def test_what_another_user_left_behind_is_left_to_that_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    left = tmp_path / f"{memory.PREFIX}0-theirs"  # no process has this id
+    left.touch()
+    monkeypatch.setattr(memory, "FOLDER", tmp_path)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    memory.sweep()
+    assert left.exists()

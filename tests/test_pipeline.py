@@ -89,6 +89,22 @@ def test_references_become_folders_of_earlier_stages(place: Path) -> None:
     assert teacher.config.model_dump()["trainer"]["clip"] == 1.0 and base.config.model_dump()["trainer"]["clip"] == 2.0
 
 
+def test_a_key_is_set_below_one_that_the_file_leaves_empty(place: Path) -> None:
+    (place / "configs" / "sft.yaml").write_text(yaml.safe_dump({"steps": 5, "data": SOURCE, "trainer": None}))
+    path = place / "configs" / "one.yaml"
+    path.write_text(yaml.safe_dump({"stages": {"base": {"job": "sft", "config": "sft.yaml", "set": {"trainer.clip": 3.0}}}}))
+    assert pipeline.plan(path, (), place / "runs").stages[0].config.model_dump()["trainer"]["clip"] == 3.0
+
+
+def test_a_measurement_that_a_kill_tore_is_left_out_of_the_table(place: Path) -> None:
+    plan = planned(place)
+    table = plan.stages[-1].run_dir / "evaluation.jsonl"
+    table.parent.mkdir(parents=True)
+    table.write_text('{"label": "before", "domains": {}}\n{"label": "aft')
+    compared = pipeline.comparison(plan.stages)
+    assert compared is not None and [row["label"] for row in compared["rows"]] == ["before"]
+
+
 def test_a_stage_reads_the_data_that_another_wrote(place: Path) -> None:
     stages = {
         "base": {"job": "sft", "config": "sft.yaml"},
@@ -234,6 +250,20 @@ def test_a_signal_ends_the_running_stage_too(place: Path, signum: signal.Signals
     assert process.returncode == 128 + signum, output.decode()
     assert not Path(f"/proc/{stage}").exists()
     assert b"the same command goes on" in output
+
+
+def test_a_stage_ends_when_nobody_reads_the_output_any_more(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*said: object, **how: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    (place / "says.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n")
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(stages.subprocess, "Popen", lambda *command, **how: started.append(popen(*command, **how)) or started[0])
+    monkeypatch.setattr(stages, "print", gone, raising=False)
+    with pytest.raises(BrokenPipeError):
+        stages._run([sys.executable, str(place / "says.py")], "base", os.environ)
+    assert started[0].returncode == -signal.SIGTERM
 
 
 def test_check_prints_the_plan_and_runs_nothing(place: Path) -> None:

@@ -11,15 +11,18 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
-from raysys import supervise
+from raysys import job, supervise
+from raysys.config.runs import SftConfig
+from raysys.errors import InfrastructureError
 
 CHILD = """
 import os, signal, sys, time
 from pathlib import Path
 from raysys import supervise
 from raysys.processes import die_with_parent
-die_with_parent()
+die_with_parent(supervise.supervisor())
 folder, number = Path(sys.argv[1]), supervise.attempt()
 with open(folder / "attempts", "a") as file:
     file.write(f"{number}\\n")
@@ -83,13 +86,15 @@ def test_a_driver_that_stands_still_is_killed_and_started_again(tmp_path: Path, 
     assert 3.0 < time.monotonic() - began < 30.0
 
 
+SUPERVISE = "import sys; from pathlib import Path; from raysys import supervise; f = Path(sys.argv[1]); "
+SUPERVISE += "sys.exit(supervise.supervise(sys.argv[2:], 3, lambda: 0, lambda: f / 'pulse', 60.0))"
+
+
 def test_a_signal_to_stop_reaches_the_driver_and_a_killed_supervisor_takes_it_along(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from raysys import supervise; f = Path(sys.argv[1]); "
-    code += "sys.exit(supervise.supervise(sys.argv[2:], 3, lambda: 0, lambda: f / 'pulse', 60.0))"
     for how in (signal.SIGTERM, signal.SIGKILL):
         folder = tmp_path / how.name
         folder.mkdir()
-        supervisor = subprocess.Popen([sys.executable, "-c", code, str(folder), *command(folder, "sleep")])
+        supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISE, str(folder), *command(folder, "sleep")])
         end = time.monotonic() + 30
         while not (folder / "pulse").exists():
             assert time.monotonic() < end
@@ -99,3 +104,57 @@ def test_a_signal_to_stop_reaches_the_driver_and_a_killed_supervisor_takes_it_al
         assert supervisor.wait(timeout=15) == (130 if how == signal.SIGTERM else -signal.SIGKILL)
         driver.wait(timeout=10)
         assert (folder / "cleaned").exists() == (how == signal.SIGTERM)
+
+
+SLOW = """
+import os, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+(folder / "here").touch()
+while not (folder / "go").exists():
+    time.sleep(0.02)
+from raysys import supervise
+from raysys.processes import die_with_parent
+die_with_parent(supervise.supervisor())
+(folder / "orphan").touch()
+"""
+
+
+def awaited(path: Path) -> None:
+    end = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < end, path
+        time.sleep(0.02)
+
+
+def test_a_supervisor_that_is_killed_before_the_driver_looks_takes_it_along(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    driven = [sys.executable, str(tmp_path / "slow.py"), str(tmp_path)]
+    supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISE, str(tmp_path), *driven])
+    awaited(tmp_path / "here")
+    (driver,) = psutil.Process(supervisor.pid).children()
+    supervisor.kill()
+    supervisor.wait()
+    (tmp_path / "go").touch()
+    driver.wait(timeout=15)
+    assert not (tmp_path / "orphan").exists()
+
+
+def test_a_job_whose_supervisor_is_gone_ends_and_its_children_do_not_take_theirs_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(__file__).resolve().parent.parent / "jobs" / "sft.py"
+    env = os.environ | {supervise.ATTEMPT: "0", supervise.SUPERVISOR: str(os.getppid())}
+    assert subprocess.run([sys.executable, str(script), "--check"], env=env).returncode == -signal.SIGKILL
+    monkeypatch.setenv(supervise.SUPERVISOR, "7")
+    assert (supervise.supervisor(), supervise.supervisor()) == (7, None)
+
+
+@pytest.mark.parametrize(("attempt", "code"), [("0", 1), ("1", supervise.TRY_AGAIN)])
+def test_a_ray_that_does_not_answer_a_later_attempt_is_tried_again(attempt: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent() -> None:
+        raise InfrastructureError("the Ray head is alive but has not answered")
+
+    monkeypatch.setattr(job, "find_ray", silent)
+    monkeypatch.setattr(job, "die_with_parent", lambda parent: None)
+    monkeypatch.setattr(job.logging, "basicConfig", lambda **how: None)
+    monkeypatch.setenv(supervise.ATTEMPT, attempt)
+    assert job.main("sft", SftConfig, ["--check"]) == code

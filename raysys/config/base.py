@@ -95,14 +95,19 @@ def set_key(values: dict[str, Any], override: str) -> None:
         value = _scalar(text)
     except yaml.YAMLError:
         value = text
+    inner, last = parent_of(values, key)
+    inner[last] = value
+
+
+def parent_of(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The mapping that holds the nested `key`, made where there is none (or null) yet, and the key's last part."""
     *parents, last = key.split(".")
     for parent in parents:
         inner = values.get(parent)
         if not isinstance(inner, dict):
-            inner = {}
-            values[parent] = inner
+            inner = values[parent] = {}
         values = inner
-    values[last] = value
+    return values, last
 
 
 def _scalar(text: str) -> Any:

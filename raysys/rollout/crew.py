@@ -47,6 +47,8 @@ class Crew:
         self._ranks = self.lost = 0
         self._strikes: list[str] = []
         self._tended = time.monotonic()
+        self._served = 0.0
+        """When one was last seen up."""
         self.started = self.generating = False
         """`started`: the first ones are up, from now on a lost one is replaced. `generating`: weights are there."""
 
@@ -123,6 +125,8 @@ class Crew:
             for member in self.members:
                 member.beat = min(now, member.beat + now - self._tended)
         self._tended = now
+        if self.up:
+            self._served = now
         self.hire()
         for member in list(self.members):
             if member.state == "placing":
@@ -157,12 +161,17 @@ class Crew:
         elif now - member.since > self._deadlines.placement:
             lacking = [other.bundle for other in self.members if other.state == "placing"]
             missing = no_place(lacking, "rollout", self._deadlines.placement, f"{len(self.members) - len(lacking)} workers have theirs")
-            if not self.started or not self.up:
+            if not self.started or self._stranded(member, now):
                 raise missing
             if not member.mourned:
                 log.warning("still %s; %s. The run goes on without them", missing.message, missing.remedy)
             for other in self.members:  # one line for all that are missing, not one each
                 other.mourned = other.mourned or other.state == "placing"
+
+    def _stranded(self, member: Member, now: float) -> bool:
+        """Whether there is neither a worker nor hope of one: a lost one's place is free only once it has parted."""
+        coming = self._parting or any(other.state != "placing" for other in self.members)
+        return not coming and now - max(member.since, self._served) > self._deadlines.placement
 
     def _spare(self, member: Member, now: float) -> bool:
         if self._books.workers[member.name].held:

@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
             lambda: options.folder / "ledger" / "pulse",
             options.heartbeat,
         )
-    die_with_parent()
+    die_with_parent(supervise.supervisor())
     return attempt(options)
 
 
