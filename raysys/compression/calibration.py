@@ -46,11 +46,13 @@ class TokenWindows:
         ids: [N, L] int32; behind a window's own tokens anything.
         lengths: [N], its own tokens.
         starts: [N], the first position that perplexity counts: behind the prompt, else 1.
+        whole: [N] bool, whether all that was to come from there on is in the window.
     """
 
     ids: np.ndarray
     lengths: np.ndarray
     starts: np.ndarray
+    whole: np.ndarray
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -95,6 +97,9 @@ def warnings(windows: TokenWindows, wanted: int, columns: int, key: str = "calib
     found = []
     if len(windows) < wanted:
         found.append(f"{key} has {len(windows)} windows, fewer than {key}.samples={wanted}")
+    if key == "evaluation" and (windows.starts > 1).any() and not windows.whole.all():
+        short = len(windows) - int(windows.whole.sum())
+        found.append(f"{short} of {len(windows)} answers do not fit into evaluation.length: accuracy is that of the others")
     if windows.tokens < columns:
         found.append(
             f"{key} has {windows.tokens} tokens, fewer than the {columns} inputs of the widest linear layer: what they do not tell of it "
@@ -221,8 +226,8 @@ def _padded(windows: Sequence[tuple[Sequence[int], int]], length: int) -> TokenW
     ids = np.zeros((len(windows), longest), np.int32)
     for number, (own, _) in enumerate(windows):
         ids[number, : len(own[:longest])] = own[:longest]
-    lengths = np.array([min(len(own), longest) for own, _ in windows], np.int32)
-    return TokenWindows(ids, lengths, np.array([max(1, start) for _, start in windows], np.int32))
+    own, starts = np.array([(len(own), max(1, start)) for own, start in windows], np.int32).T
+    return TokenWindows(ids, own.clip(max=longest), starts, (starts < own) & (own <= longest))
 
 
 def _named(error: RaysysError, key: str) -> RaysysError:

@@ -65,11 +65,19 @@ def test_a_seed_chooses_and_its_hash_says_what(tokenizer: str, tmp_path: Path) -
 
 
 def test_a_row_with_a_prompt_is_a_window_of_its_own(tokenizer: str, tmp_path: Path) -> None:
-    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "ab", "response": "a long answer", "answer": "x"}, {"prompt": "alone"}]
+    rows = [
+        {"prompt": "1+1=", "answer": "2"},
+        {"prompt": "ab", "response": "a long answer", "answer": "x"},
+        {"prompt": "alone"},
+        {"prompt": "long prompt", "answer": "2"},
+        {"prompt": "10+10=", "answer": "20"},
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = windows(tokenizer, in_order=True, path=str(tmp_path / "rows.jsonl"))
+    found = windows(tokenizer, in_order=True, path=str(tmp_path / "rows.jsonl"), samples=5)
     told = [text(ids[:length]) for ids, length in zip(found.ids, found.lengths, strict=True)]
-    assert told == ["1+1=2|", "aba long", "alone"] and found.starts.tolist() == [4, 2, 1]
+    assert told == ["1+1=2|", "aba long", "alone", "long pro", "10+10=20"] and found.starts.tolist() == [4, 2, 1, 11, 6]
+    assert found.whole.tolist() == [True, False, True, False, False], "of the last one the end token is not there"
+    assert warnings(found, 5, 0, "evaluation") == ["3 of 5 answers do not fit into evaluation.length: accuracy is that of the others"]
     assert windows(tokenizer, path=str(tmp_path / "rows.jsonl"), samples=1).ids.shape[0] == 1
 
 
