@@ -231,8 +231,16 @@ def _padded(windows: Sequence[tuple[Sequence[int], int]], length: int) -> TokenW
 
 
 def _named(error: RaysysError, key: str) -> RaysysError:
-    """The errors of the data's own readers call their key by other names."""
-    told = error.message
-    for other in ("data.sources.text.path", "data.source", "data.path"):
-        told = told.replace(other, f"{key}.{'source' if other == 'data.source' else 'path'}")
-    return type(error)(told, error.remedy.replace("data.sources.text.path", f"{key}.path").replace("data.", f"{key}."))
+    """The errors of the data's own readers call their keys by other names, and some of theirs are none here."""
+    told, remedy = error.message, error.remedy
+    if "data.max_bad_share" in remedy:  # of tasks alone
+        remedy = f"raise {key}.length, or give {key}.source.domains params whose rows are shorter"
+    elif "data.sources.text.column" in remedy:
+        remedy = "rename the column"
+    names = {
+        "data.sources.text.path": f"{key}.path", "data.path": f"{key}.path", "data.source": f"{key}.source",
+        "data.max_bad_share=": "a share of ", "max_prompt_tokens": f"{key}.length", "max_response_tokens": f"{key}.length",
+    }  # fmt: skip
+    for other, own in names.items():
+        told, remedy = told.replace(other, own), remedy.replace(other, own)
+    return type(error)(told, remedy)

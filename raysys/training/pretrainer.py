@@ -65,7 +65,8 @@ class Pretrainer:
     def layout(self) -> dict[str, Any]:
         """What must be equal for shards to be loaded as they are."""
         trainer = self.spec.config.trainer
-        split = {} if self.model.expert_group is None else {"expert_parallel": self.model.expert_group.size}  # of whole ones nothing is said
+        group = self.model.expert_group
+        split = {} if group is None else {"expert_parallel": group.size}  # of whole experts nothing is said
         return {"ranks": self.world, "zero_stage": trainer.zero_stage, "dtype": self.spec.dtype} | split
 
     @property

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from raysys.compression.calibration import TokenWindows, token_windows, warnings
@@ -114,3 +116,16 @@ def test_wrong_data_are_one_line(tokenizer: str, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="set exactly one of path and source"):
         Windows.parse({})
+
+
+def test_errors_name_keys_that_there_are(tokenizer: str, tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"content": ["a b c"]}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"no text column `text`, only content \(rename the column\)"):
+        windows(tokenizer, path=str(tmp_path / "x.parquet"))
+    longer = r"calibration\.length is 4"
+    for size, told in (
+        (200, rf"unusable, more than a share of 0\.01: .*: 6 tokens, {longer}.*\(raise calibration\.length, or give calibration\.source"),
+        (20, rf"no row of domain add is usable.*{longer} \(set calibration\.source\.domains\.add\.params so that rows fit\)"),
+    ):
+        with pytest.raises(DataError, match=told):
+            windows(tokenizer, source={"domains": {"add": ADD}, "size": size}, length=4)

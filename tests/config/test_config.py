@@ -49,7 +49,8 @@ def test_overrides_read_numbers_lists_and_null() -> None:
     ("text", "value"),
     [
         ("1e-3", 1e-3), ("1e-06", 1e-6), ("-2.5E+2", -250.0), (".5e1", 5.0), ("1.e3", 1000.0), ("7", 7), ("0.5", 0.5),
-        ('"20240101"', "20240101"), ("'1e-3'", "1e-3"), ("nan", "nan"), ("infinity", "infinity"), ("1e", "1e"), ("e5", "e5"), ("v1e5", "v1e5"),
+        ('"20240101"', "20240101"), ("'1e-3'", "1e-3"),
+        ("nan", "nan"), ("infinity", "infinity"), ("1e", "1e"), ("e5", "e5"), ("v1e5", "v1e5"),
     ],
 )  # fmt: skip
 def test_what_an_override_is_read_as(text: str, value: object) -> None:
