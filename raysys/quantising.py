@@ -50,7 +50,9 @@ def check_quantize(config: QuantizeConfig) -> None:
         limit = context_length(str(checkpoint.folder))
         if limit is not None and part.length > limit:
             raise ConfigError(f"{key}.length={part.length} exceeds the {limit} tokens that {config.model} holds", f"lower {key}.length")
-        token_windows(part, str(checkpoint.folder), config.seed, key, in_order=key == "evaluation")
+        windows = token_windows(part, str(checkpoint.folder), config.seed, key, in_order=key == "evaluation")
+        if key == "evaluation" and not (windows.starts < windows.lengths).any():
+            raise ConfigError(f"evaluation.length={part.length} ends each window before its answer begins", "raise evaluation.length")
 
 
 def run_quantize(config: QuantizeConfig, session: Session) -> None:

@@ -120,15 +120,16 @@ class Quantiser:
 
     def perplexity(self, label: str) -> dict[str, float]:
         """Of the held-out windows under one of the models of `finish`, a layer at a time; where they are tasks, `accuracy` too: the share
-        of answers that greedy decoding writes token for token."""
+        of answers, of those that are whole, that greedy decoding writes token for token."""
         from raysys.compression.corrections import Corrections
         from raysys.compression.shards import Checkpoint
         from raysys.compression.walk import walk
 
         windows, config = self._work.held_out, self._work.config
         assert windows is not None
-        depends = {"windows": windows.digest, "starts": windows.starts.tolist(), "batch": config.batch, "threads": config.threads}
-        known = known_of(self._checkpoint, config, "perplexity", **depends, dtype=self._work.dtype, device=self._work.device)
+        depends = {"windows": windows.digest, "starts": windows.starts.tolist(), "whole": windows.whole.tolist()}
+        depends |= {"batch": config.batch, "threads": config.threads, "dtype": self._work.dtype, "device": self._work.device}
+        known = known_of(self._checkpoint, config, "perplexity", **depends)
         if label == FULL and known is not None and known.is_file():
             return json.loads(known.read_text())
         source = self._checkpoint if label == FULL else Checkpoint.open(self._plain)
@@ -140,7 +141,7 @@ class Quantiser:
             None if corrections is None else corrections.read(),
             final=None if corrections is None else corrections.final(),
         )
-        tasks = bool((windows.starts > 1).any())
+        tasks = bool((windows.whole & (windows.starts > 1)).any())
         measures = {"perplexity": found.value, "nll": found.mean} | ({"accuracy": found.accuracy} if tasks else {})
         if label == FULL and known is not None:
             write_shared_json(known, measures)

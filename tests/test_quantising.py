@@ -61,6 +61,14 @@ def test_wrong_input_is_one_line(model: Path, changed: dict[str, Any], told: str
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_windows_of_which_nothing_could_be_measured_are_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "ten tokens", "answer": "1"}) + "\n")
+    windows = {"path": str(tmp_path / "rows.jsonl"), "samples": 1}
+    check_quantize(config(model, evaluation=windows | {"length": 11}))
+    with pytest.raises(ConfigError, match=r"evaluation\.length=10 ends each window before its answer begins \(raise evaluation\.length\)"):
+        check_quantize(config(model, evaluation=windows | {"length": 10}))
+
+
 @pytest.mark.parametrize("key", ["hidden_act", "quantization_config"])
 def test_a_checkpoint_that_is_none_is_named(model: Path, tmp_path: Path, key: str) -> None:
     values = json.loads((model / "config.json").read_text())

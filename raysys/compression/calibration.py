@@ -46,11 +46,13 @@ class TokenWindows:
         ids: [N, L] int32; behind a window's own tokens anything.
         lengths: [N], its own tokens.
         starts: [N], the first position that perplexity counts: behind the prompt, else 1.
+        whole: [N] bool, whether all that was to come from there on is in the window.
     """
 
     ids: np.ndarray
     lengths: np.ndarray
     starts: np.ndarray
+    whole: np.ndarray
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -95,6 +97,9 @@ def warnings(windows: TokenWindows, wanted: int, columns: int, key: str = "calib
     found = []
     if len(windows) < wanted:
         found.append(f"{key} has {len(windows)} windows, fewer than {key}.samples={wanted}")
+    if key == "evaluation" and (windows.starts > 1).any() and not windows.whole.all():
+        short = len(windows) - int(windows.whole.sum())
+        found.append(f"{short} of {len(windows)} answers do not fit into evaluation.length: accuracy is that of the others")
     if windows.tokens < columns:
         found.append(
             f"{key} has {windows.tokens} tokens, fewer than the {columns} inputs of the widest linear layer: what they do not tell of it "
@@ -221,13 +226,21 @@ def _padded(windows: Sequence[tuple[Sequence[int], int]], length: int) -> TokenW
     ids = np.zeros((len(windows), longest), np.int32)
     for number, (own, _) in enumerate(windows):
         ids[number, : len(own[:longest])] = own[:longest]
-    lengths = np.array([min(len(own), longest) for own, _ in windows], np.int32)
-    return TokenWindows(ids, lengths, np.array([max(1, start) for _, start in windows], np.int32))
+    own, starts = np.array([(len(own), max(1, start)) for own, start in windows], np.int32).T
+    return TokenWindows(ids, own.clip(max=longest), starts, (starts < own) & (own <= longest))
 
 
 def _named(error: RaysysError, key: str) -> RaysysError:
-    """The errors of the data's own readers call their key by other names."""
-    told = error.message
-    for other in ("data.sources.text.path", "data.source", "data.path"):
-        told = told.replace(other, f"{key}.{'source' if other == 'data.source' else 'path'}")
-    return type(error)(told, error.remedy.replace("data.sources.text.path", f"{key}.path").replace("data.", f"{key}."))
+    """The errors of the data's own readers call their keys by other names, and some of theirs are none here."""
+    told, remedy = error.message, error.remedy
+    if "data.max_bad_share" in remedy:  # of tasks alone
+        remedy = f"raise {key}.length, or give {key}.source.domains params whose rows are shorter"
+    elif "data.sources.text.column" in remedy:
+        remedy = "rename the column"
+    names = {
+        "data.sources.text.path": f"{key}.path", "data.path": f"{key}.path", "data.source": f"{key}.source",
+        "data.max_bad_share=": "a share of ", "max_prompt_tokens": f"{key}.length", "max_response_tokens": f"{key}.length",
+    }  # fmt: skip
+    for other, own in names.items():
+        told, remedy = told.replace(other, own), remedy.replace(other, own)
+    return type(error)(told, remedy)

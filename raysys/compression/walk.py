@@ -32,7 +32,7 @@ def walk(
     told: Callable[[int], None] | None = None,
     final: Tensor | None = None,
 ) -> Perplexity:
-    """Perplexity of the windows' tokens from each one's start on, and how many of them greedy decoding would write.
+    """Perplexity of the windows' tokens from each one's start on, and which of the whole answers greedy decoding would write.
 
     Args:
         skeleton: of the model.
@@ -85,5 +85,6 @@ def _ends(
             logits = last[first - 1 : end] @ head.T
             found.add(*window_nll(logits, own[first - 1 : end]))
             greedy &= torch.equal(logits[:-1].argmax(-1), own[first:end])
-        found.end(greedy)
+        if windows.whole[number]:  # of half an answer nobody can say whether it is right
+            found.end(greedy)
     return found

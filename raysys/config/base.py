@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raysys.errors import ConfigError
+
+_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", re.ASCII)
 
 
 def placed(default: Any = ..., **kwargs: Any) -> Any:
@@ -111,13 +114,8 @@ def parent_of(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
 
 
 def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-3 as text; people mean a number
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    # YAML 1.1 reads 1e-3 as text; people mean a number, unless they quote it.
+    return float(text) if _EXPONENT.fullmatch(text.strip()) else yaml.safe_load(text)
 
 
 def _explain(cls: type[BaseModel], issue: Any) -> str:

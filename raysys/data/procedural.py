@@ -31,7 +31,7 @@ from raysys.errors import CheckpointError, ConfigError, DataError
 SPLITS = {"train": range(8), "choose": range(8, 9), "report": range(9, 10)}
 """Tenths of all questions that each split owns."""
 PATIENCE = 20_000
-"""Entries of other splits in a row before a task is said to have none for this one."""
+"""Entries in a row that are of other splits, or do not fit, before a task is said to have none."""
 
 
 def split_of(question: str) -> str:
@@ -92,6 +92,11 @@ class Stream:
         self._seen: set[str] | None = None if source.split == "train" else set()
         self._pool: list[Row] = []
         self._order: tuple[int, list[int]] = (0, [])
+
+    @property
+    def patience(self) -> int:
+        """Rows one after another among which all are; of an endless stream, as many as are worth a try."""
+        return PATIENCE if self._size is None else 2 * self._size
 
     def next(self) -> tuple[Row, int]:
         """The next row and its epoch. Raises DataError: the task has no question for this split."""

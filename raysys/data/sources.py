@@ -134,8 +134,10 @@ class FileRows:
                 pieces.append(piece)
                 self._usable = True
                 count -= len(piece)
-            elif self._finished_window() and not self._usable:
-                raise DataError("no row of the data set is usable: " + ("; ".join(self._report.examples[:5]) or "all lines are blank"))
+            elif self._finished_window():
+                if not self._usable:
+                    raise DataError("no row of the data set is usable: " + ("; ".join(self._report.examples[:5]) or "all lines are blank"))
+                self._usable = False  # every epoch has to prove it
         return Batch.concat(_alike(pieces))
 
     def _piece(self, table: pa.Table, count: int) -> Batch:
@@ -215,6 +217,7 @@ class FileRows:
             )
         self.close()
         self._epoch, self._window, self._row, self._table = state["epoch"], state["window"], state["row"], None
+        self._usable = True  # what came before in this epoch was seen elsewhere: only a whole one can tell
 
     def _digest(self) -> str:
         facts = repr([(unit.name, unit.first, unit.rows, unit.start, unit.stop) for unit in self._files.units] + [WINDOW, self._shuffle])

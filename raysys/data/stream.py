@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from raysys.config.parts import Data
 from raysys.data.procedural import Mixture
 from raysys.data.rows import BadRow, BadRows, Row
 from raysys.data.text import Encoded, Encoder
-from raysys.errors import CheckpointError
+from raysys.errors import CheckpointError, DataError
 
 
 class Rows(Protocol):
@@ -135,13 +136,21 @@ class ProceduralRows:
         wanted = self._mixture.places(count)
         rows: list[tuple[Row, int, Encoded] | None] = [None] * count
         missing = list(range(count))
+        barren: Counter[str] = Counter()  # rows that did not fit, by domain, since one did
         while missing:
             drawn = [self._mixture.streams[wanted[place]].next() for place in missing]
             results = self._encoder.encode([row for row, _ in drawn])
             for place, (row, epoch), result in zip(missing, drawn, results, strict=True):
+                domain = wanted[place]
+                barren[domain] = barren[domain] + 1 if isinstance(result, BadRow) else 0
                 if isinstance(result, BadRow):
                     if epoch == 0:
                         self._report.add(row.where, str(result))
+                    if barren[domain] >= self._mixture.streams[domain].patience:
+                        raise DataError(
+                            f"no row of domain {domain} is usable, the last one: {row.where}: {result}",
+                            f"set data.source.domains.{domain}.params so that rows fit",
+                        )
                 else:
                     rows[place] = (row, epoch, result)
                     self._report.good(epoch == 0)

@@ -171,7 +171,7 @@ def whole_tensors(model: nn.Module, of: Callable[[str, nn.Parameter], Tensor | N
 
 def own_part(model: nn.Module, name: str, whole: Tensor) -> Tensor:
     """What this rank holds of a parameter's whole tensor; a view. Raises ValueError where the shape is another."""
-    group: ExpertGroup | None = model.expert_group  # type: ignore[assignment]
+    group: ExpertGroup | None = getattr(model, "expert_group", None)
     mine = group.part(whole) if group is not None and name in stacks(model) else whole
     parameter = model.get_parameter(name)
     wanted = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO 3 the parameter itself is in pieces

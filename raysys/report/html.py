@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +13,8 @@ from markupsafe import Markup
 
 from raysys.files import read_json_lines
 from raysys.report import charts, quantising, transcripts
+from raysys.report.masking import masked
 
-_SECRET = re.compile(r"(^|_)(secret|password|passwd|credential|credentials|api_key|access_key|auth_token|token)$", re.IGNORECASE)
-_USERINFO = re.compile(r"(\w+://)[^/@\s]+@")
 _SAMPLES = 5
 _SIDE_BY_SIDE = 4
 """Models that fit beside one another as columns."""
@@ -25,20 +23,20 @@ _SIDE_BY_SIDE = 4
 def render_report(run_dir: str | Path) -> Path:
     """Writes `report.html` from what lies in `run_dir`; whatever is missing is left out.
 
-    Text of models and configs is escaped; values under keys that name a secret are masked.
+    Text of models and configs is escaped; secrets are masked (`raysys.report.masking`).
 
     Returns:
         The page's path.
     """
     folder = Path(run_dir)
-    about = _json(folder / "about.json") or {}
+    about = masked(_json(folder / "about.json") or {})
     stages = _json(folder / "stages.json")
     page = _pipeline(folder, stages) if isinstance(stages, list) else _run(folder)
-    config = _masked(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))) if (folder / "config.yaml").is_file() else None
+    config = masked(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))) if (folder / "config.yaml").is_file() else None
     text = _template().render(
         name=folder.name,
         about=about,
-        command=_USERINFO.sub(r"\1***@", str(about.get("command", ""))),
+        command=about.get("command", ""),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
         css=Markup((Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")),
         plotly=Markup(charts.script()),
@@ -83,7 +81,7 @@ def _pipeline(folder: Path, stages: Sequence[Mapping[str, Any]]) -> dict[str, An
     for stage in stages:
         run = Path(stage["run_dir"])
         run = run if run.is_absolute() else folder / run
-        shown.append(dict(stage) | {"link": f"../{run.name}/report.html" if (run / "report.html").is_file() else ""})
+        shown.append(masked(stage) | {"link": f"../{run.name}/report.html" if (run / "report.html").is_file() else ""})
         if (
             stage["job"] not in ("sft", "evaluate", "generate", "local_text")
             and (records := _lines(run / "metrics.jsonl"))
@@ -228,16 +226,6 @@ def _paired_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         }
         for domain, prompt in prompts
     ]
-
-
-def _masked(value: Any, key: str = "") -> Any:
-    if isinstance(value, Mapping):
-        return {name: _masked(entry, str(name)) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_masked(entry, key) for entry in value]
-    if isinstance(value, str):
-        return "***" if _SECRET.search(key) and value else _USERINFO.sub(r"\1***@", value)
-    return value
 
 
 def _template() -> Any:

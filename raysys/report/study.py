@@ -13,16 +13,17 @@ from markupsafe import Markup
 
 from raysys.files import read_json_lines, write_atomically
 from raysys.report import charts, quantising
+from raysys.report.masking import masked
 
 
 def render_study(folder: Path) -> Path:
     """Writes `report.html` from `study.json`, `about.json` and what the runs have written so far. Returns the page's path."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    study = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    study = masked(json.loads((folder / "study.json").read_text(encoding="utf-8")))
     told = {title for cell in study["cells"] for title, value in (cell["mean"] or {}).items() if value is not None}
     study["columns"] = [one for one in study["columns"] if not told or one["title"] in told]  # not those that no run could measure
-    about = json.loads((folder / "about.json").read_text(encoding="utf-8")) if (folder / "about.json").is_file() else {}
+    about = masked(json.loads((folder / "about.json").read_text(encoding="utf-8"))) if (folder / "about.json").is_file() else {}
     pages = Environment(loader=PackageLoader("raysys.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     curves = {cell["cell"]: mean_of_seeds([_steps(folder / run["name"]) for run in cell["runs"]]) for cell in study["cells"]}
     text = pages.get_template("study.html.j2").render(

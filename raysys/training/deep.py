@@ -22,7 +22,7 @@ class Rank(Protocol):
     stage: int
     """An `effective_stage`."""
     names: dict[str, Any]
-    """Parameters, in the order in which the optimiser numbers them."""
+    """Parameters, in the order in which the optimiser numbers them where no experts are split."""
     step_index: int
     updates: int
 

@@ -191,7 +191,7 @@ class Engine:
         return Ragged.of([found[int(row)] for row in share.rows], np.float32)
 
     def draw(self, batch: Batch, share: Share) -> Ragged:
-        """One id a response token, drawn from the student on the data's own prefix at the run's temperature; order of `share.rows`.
+        """One id a trained response token, drawn from the student on the data's own prefix at the run's temperature; order of `share.rows`.
 
         A draw follows from the run's seed, the sample's id and the token's place: see `raysys.training.hybrid.uniforms`.
         """

@@ -1,4 +1,4 @@
-"""Weights and optimiser states of a mixture of experts by name, whole, whatever ranks, ZeRO stage and expert parallelism hold them.
+"""Weights and optimiser states by name, whole, whatever ranks, ZeRO stage and expert parallelism hold them.
 
 Imports DeepSpeed: for actors only.
 """

@@ -133,7 +133,7 @@ class TrainerGroup:
         return self._by_row(batch, "logprobs", "compute log-probs", np.float32)
 
     def draw(self, batch: Batch) -> Ragged:
-        """One id a response token, drawn from the student on the data's own prefix: see `Engine.draw`. Errors as `step`."""
+        """One id a trained response token, drawn from the student on the data's own prefix: see `Engine.draw`. Errors as `step`."""
         return Ragged.of(self._by_row(batch, "draw", "draw on the data", np.int32), np.int32)
 
     def _by_row(self, batch: Batch, method: str, operation: str, dtype: Any) -> list[np.ndarray]:

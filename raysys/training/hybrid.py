@@ -62,7 +62,9 @@ class HpdObjective:
         for rows in np.array_split(np.arange(len(batch)), min(PARTS, len(batch))):
             part = batch.slice(int(rows[0]), len(rows))
             data, drawn = part.ragged("response_ids"), trainer.draw(part)
-            yield rows, Ragged(np.stack([data.values, drawn.values], 1).astype(np.int32).ravel(), data.offsets * 2)
+            second = data.values.copy()  # what an episode's environment said is not drawn: its own id, which nobody reads
+            second[part.ragged("runs").values >= 0 if "runs" in part else ...] = drawn.values
+            yield rows, Ragged(np.stack([data.values, second], 1).astype(np.int32).ravel(), data.offsets * 2)
 
     def advantages(self, batch: Batch) -> Batch:
         """The teacher's answers, one column a token; weights are made in the step, where the student's log-probs are."""

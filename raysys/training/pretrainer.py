@@ -51,9 +51,8 @@ class Pretrainer:
         self.activated = counts(self.model.shape).activated
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         optimizer = make_optimizer(self.model, config.optimiser)
-        named = {id(parameter): f"model.{name}" for name, parameter in self.model.named_parameters()}  # as DeepSpeed sees them
-        self.names = {named[id(parameter)]: parameter for group in optimizer.param_groups for parameter in group["params"]}
         groups = parameter_groups(self.model, config.optimiser)
+        self.names = {f"model.{name}": parameter for group in groups for name, parameter in group.parameters.items()}
         self._states = {f"model.{name}": states_of(group.rule) for group in groups for name in group.parameters}
         objective = _Objective(self.model, config.trainer.chunk_tokens)
         offload = config.trainer.offload_optimizer and spec.device == "gpu"
@@ -66,7 +65,9 @@ class Pretrainer:
     def layout(self) -> dict[str, Any]:
         """What must be equal for shards to be loaded as they are."""
         trainer = self.spec.config.trainer
-        return {"ranks": self.world, "zero_stage": trainer.zero_stage, "dtype": self.spec.dtype}
+        group = self.model.expert_group
+        split = {} if group is None else {"expert_parallel": group.size}  # of whole experts nothing is said
+        return {"ranks": self.world, "zero_stage": trainer.zero_stage, "dtype": self.spec.dtype} | split
 
     @property
     def _by_name(self) -> bool:

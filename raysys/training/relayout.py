@@ -1,13 +1,14 @@
-"""A checkpoint under another number of ranks, ZeRO stage or dtype: parameter by parameter, under their names. For actors only.
+"""A checkpoint under another number of ranks, ZeRO stage, dtype or split of experts: parameter by parameter, by name. For actors only.
 
 DeepSpeed's shards fit one layout. Its converter to "universal" files gives one file a parameter and state; those are
-put back through the interfaces that reach a parameter whatever holds its parts.
+put back as `raysys.training.expert_states` puts them, whatever holds a parameter's parts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -16,16 +17,14 @@ from typing import Any
 
 import torch
 from deepspeed.checkpoint import ds_to_universal
-from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 from torch import Tensor
 from torch import distributed as dist
 
 from raysys.errors import CheckpointError
 from raysys.training.deep import Rank, effective_stage
-from raysys.training.expert_states import link
-from raysys.training.weights import gathered, shape_of
+from raysys.training.expert_states import WEIGHT, adamw_moments, load_states
+from raysys.training.weights import shape_of
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _REMEDY = "resume with the trainer.ranks, zero_stage and dtype that wrote it"
 
 
@@ -37,10 +36,14 @@ def load_relaid(engine: Rank, state: Path, written: dict[str, Any], updates: int
     """
     relaid = state.with_name(f".relaid_{state.name}")
     _on_first(engine, lambda: _relay(state, relaid, effective_stage(written["zero_stage"], written["dtype"]), list(engine.names)))
-    _prime(engine)
-    for name, parameter in engine.names.items():
-        _put(engine, parameter, {key: _read(relaid / "zero" / name / f"{key}.pt", shape_of(parameter)) for key in ("fp32", *_MOMENTS)})
-    _set_steps(engine, updates)
+
+    def read(name: str, key: str) -> Tensor:
+        return _read(relaid / "zero" / name / f"{'fp32' if key == WEIGHT else key}.pt", shape_of(engine.names[name]))
+
+    try:
+        load_states(engine.engine, read, updates, engine.idle_step)
+    except ValueError as error:
+        raise CheckpointError(f"{state}: {error}", "it is of another model") from None
     dist.barrier()
     _on_first(engine, lambda: shutil.rmtree(relaid, ignore_errors=True))
 
@@ -78,45 +81,17 @@ def _relay_whole(state: Path, relaid: Path, names: list[str]) -> None:
         folder.mkdir(parents=True)
         moments = saved["optimizer"]["state"][number]
         torch.save(saved["module"][name], folder / "fp32.pt")
-        for key in _MOMENTS:
+        for key in adamw_moments(name):
             torch.save(moments[key], folder / f"{key}.pt")
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """The converter writes plain tensors (flat under stage 3), or dicts with one under `param`."""
+    """The converter writes plain tensors (flat under stage 3), or dicts with one under `param`. `shape`: of what a rank holds of it."""
     if not path.is_file():
         raise CheckpointError(f"the checkpoint has no {path.stem} of {path.parent.name}", "it is of another model")
     saved = torch.load(path, map_location="cpu", weights_only=False)
     tensor = saved["param"] if isinstance(saved, dict) else saved
-    if tensor.numel() != torch.Size(shape).numel():
+    parts, over = divmod(tensor.numel(), math.prod(shape))
+    if over or not parts:
         raise CheckpointError(f"{path.parent.name} has {tensor.numel()} numbers in the checkpoint, the model has {list(shape)}")
-    return tensor.detach().reshape(shape).float()
-
-
-def _prime(engine: Rank) -> None:
-    """Makes the optimiser's states exist: a step without gradient at rate 0, which moves nothing."""
-    for group in engine.engine.optimizer.param_groups:
-        group["lr"] = 0.0
-    engine.idle_step()
-    link(engine.engine)
-
-
-def _put(engine: Rank, parameter: Any, values: dict[str, Tensor]) -> None:
-    values = {key: value.to(engine.device) for key, value in values.items()}
-    with torch.no_grad():
-        if engine.stage == 0:
-            parameter.copy_(values["fp32"])
-            for key in _MOMENTS:
-                engine.engine.optimizer.state[parameter][key].copy_(values[key])
-            return
-        with gathered(engine.engine, [parameter], writing=True):
-            parameter.copy_(values["fp32"])
-        safe_set_full_fp32_param(parameter, values["fp32"])
-        for key in _MOMENTS:
-            safe_set_full_optimizer_state(parameter, values[key], key)
-
-
-def _set_steps(engine: Rank, step: int) -> None:
-    for state in engine.engine.optimizer.state.values():
-        if isinstance(state.get("step"), Tensor):
-            state["step"].fill_(step)
+    return tensor.detach().reshape(shape if parts == 1 else (-1, *shape[1:])).float()

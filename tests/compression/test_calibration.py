@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 
 from raysys.compression.calibration import TokenWindows, token_windows, warnings
@@ -65,11 +67,19 @@ def test_a_seed_chooses_and_its_hash_says_what(tokenizer: str, tmp_path: Path) -
 
 
 def test_a_row_with_a_prompt_is_a_window_of_its_own(tokenizer: str, tmp_path: Path) -> None:
-    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "ab", "response": "a long answer", "answer": "x"}, {"prompt": "alone"}]
+    rows = [
+        {"prompt": "1+1=", "answer": "2"},
+        {"prompt": "ab", "response": "a long answer", "answer": "x"},
+        {"prompt": "alone"},
+        {"prompt": "long prompt", "answer": "2"},
+        {"prompt": "10+10=", "answer": "20"},
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = windows(tokenizer, in_order=True, path=str(tmp_path / "rows.jsonl"))
+    found = windows(tokenizer, in_order=True, path=str(tmp_path / "rows.jsonl"), samples=5)
     told = [text(ids[:length]) for ids, length in zip(found.ids, found.lengths, strict=True)]
-    assert told == ["1+1=2|", "aba long", "alone"] and found.starts.tolist() == [4, 2, 1]
+    assert told == ["1+1=2|", "aba long", "alone", "long pro", "10+10=20"] and found.starts.tolist() == [4, 2, 1, 11, 6]
+    assert found.whole.tolist() == [True, False, True, False, False], "of the last one the end token is not there"
+    assert warnings(found, 5, 0, "evaluation") == ["3 of 5 answers do not fit into evaluation.length: accuracy is that of the others"]
     assert windows(tokenizer, path=str(tmp_path / "rows.jsonl"), samples=1).ids.shape[0] == 1
 
 
@@ -106,3 +116,16 @@ def test_wrong_data_are_one_line(tokenizer: str, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="set exactly one of path and source"):
         Windows.parse({})
+
+
+def test_errors_name_keys_that_there_are(tokenizer: str, tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"content": ["a b c"]}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"no text column `text`, only content \(rename the column\)"):
+        windows(tokenizer, path=str(tmp_path / "x.parquet"))
+    longer = r"calibration\.length is 4"
+    for size, told in (
+        (200, rf"unusable, more than a share of 0\.01: .*: 6 tokens, {longer}.*\(raise calibration\.length, or give calibration\.source"),
+        (20, rf"no row of domain add is usable.*{longer} \(set calibration\.source\.domains\.add\.params so that rows fit\)"),
+    ):
+        with pytest.raises(DataError, match=told):
+            windows(tokenizer, source={"domains": {"add": ADD}, "size": size}, length=4)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from raysys.config.base import set_key
 from raysys.config.runs import GenerateConfig, GopdConfig, SftConfig
 from raysys.errors import ConfigError
 
@@ -42,6 +43,20 @@ def test_bad_input_gets_one_clear_line(override: str, told: str) -> None:
 def test_overrides_read_numbers_lists_and_null() -> None:
     config = load("learning_rate=1e-3", "trainer.betas=[0.9, 0.95]", "reference=null", "rollout.workers=2")
     assert (config.learning_rate, config.trainer.betas, config.reference, config.rollout.workers) == (1e-3, (0.9, 0.95), None, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3), ("1e-06", 1e-6), ("-2.5E+2", -250.0), (".5e1", 5.0), ("1.e3", 1000.0), ("7", 7), ("0.5", 0.5),
+        ('"20240101"', "20240101"), ("'1e-3'", "1e-3"),
+        ("nan", "nan"), ("infinity", "infinity"), ("1e", "1e"), ("e5", "e5"), ("v1e5", "v1e5"),
+    ],
+)  # fmt: skip
+def test_what_an_override_is_read_as(text: str, value: object) -> None:
+    values: dict[str, object] = {}
+    set_key(values, f"key={text}")
+    assert values["key"] == value and type(values["key"]) is type(value)
 
 
 def test_identity_ignores_placement_only() -> None:

@@ -76,6 +76,21 @@ def test_order_epochs_and_resume(tmp_path: Path, tiny: str, cluster) -> None:
     assert stream(path, tiny, 4).take(25).strings("answer") != first.strings("answer")
 
 
+def test_a_resume_at_the_end_of_an_epoch_goes_on_with_the_next(tmp_path: Path, tiny: str, cluster) -> None:
+    path = write(tmp_path, [*rows(8), ""])
+    straight = stream(path, tiny)
+    straight.take(8)
+    state = straight.state()
+    resumed = stream(path, tiny)
+    resumed.restore(state)
+    assert resumed.take(20).table.equals(straight.take(20).table) and resumed.state() == straight.state()
+    write(tmp_path, ["{" + json.dumps(row)[:-1] for row in rows(8)] + [""])  # as many bytes: the cursor cannot tell
+    broken = stream(path, tiny, max_bad_share=1.0)
+    broken.restore(state)
+    with pytest.raises(DataError, match="no row of the data set is usable"):
+        broken.take(1)
+
+
 def test_many_units_windows_and_files(tmp_path: Path, tiny: str, cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "UNIT_ROWS", 8)
     monkeypatch.setattr(sources, "WINDOW", 32)

@@ -11,6 +11,7 @@ import pytest
 
 from raysys import tasks
 from raysys.config.parts import Data
+from raysys.data import procedural
 from raysys.data.procedural import pattern, split_of
 from raysys.data.stream import PromptStream
 from raysys.data.text import Decoder
@@ -188,6 +189,14 @@ def test_bad_sources_are_refused(tiny: str) -> None:
         PromptStream(
             Data.model_validate({"source": {"split": "report", "domains": {"a": {"task": "chain_sum", "params": one}}}}), tiny, 0, 200, 14
         ).take(30)
+
+
+@pytest.mark.parametrize(("size", "share"), [(20, 0.01), (20, 1.0), (None, 1.0)])
+def test_a_domain_of_which_nothing_fits_is_named(tiny: str, size: int | None, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(procedural, "PATIENCE", 300)
+    rows = PromptStream(data(size=size, add=1, rev=1, max_bad_share=share), tiny, 0, 5, 14)  # sums have six characters
+    with pytest.raises(DataError, match=r"no row of domain add is usable, the last one: domain add, row \d+: prompt too long: 6 tokens"):
+        rows.take(8)
 
 
 def test_rows_that_do_not_fit_are_left_out_and_counted(tiny: str) -> None:

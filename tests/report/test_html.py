@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from raysys.report.html import render_report
+from raysys.report.study import render_study
 
 EVIL = "<script>alert('x')</script></pre>{{ 7 * 7 }}"
 
@@ -78,6 +79,19 @@ def test_what_a_model_writes_stays_text(tmp_path: Path) -> None:
 def test_secrets_are_masked_and_limits_are_not(tmp_path: Path) -> None:
     page = render_report(run_folder(tmp_path / "one")).read_text()
     assert "hf_abcdef" not in page and "user:pass" not in page and "max_prompt_tokens: 16" in page
+
+
+def test_a_study_s_secrets_are_masked_too(tmp_path: Path) -> None:
+    uri = "s3://AKIA:verysecret@bucket/text"
+    run = {
+        "name": "a-0", "seed": 0, "status": "failed", "reason": f"{uri} cannot be reached", "steps": 0, "steps_asked": 3, "values": {},
+    }  # fmt: skip
+    cell = {"cell": "a", "set": {"data.path": uri, "hub.token": "hf_abcdef"}, "mean": {}, "runs": [run], "settled": 1, "collapsed": 0}
+    study = {"study": "s", "job": "j", "title": "t", "seeds": [0], "columns": [], "cells": [cell], "pareto": None}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    (tmp_path / "about.json").write_text(json.dumps({"job": "j", "command": f"python jobs/j.py data.path={uri}"}))
+    page = render_study(tmp_path).read_text()
+    assert "verysecret" not in page and "hf_abcdef" not in page and page.count("s3://***@bucket/text") >= 3
 
 
 def test_a_run_that_writes_data_shows_what_became_of_the_answers(tmp_path: Path) -> None:

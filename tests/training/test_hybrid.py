@@ -19,6 +19,9 @@ from tests.training import work
 from tests.training.work import RATE, gopd_batch, merged, spec, train
 
 BATCH = gopd_batch(seed=4)
+EPISODES = BATCH.with_columns(
+    runs=Ragged.of([[-1 if place % 3 == 1 else place // 3 for place in range(n)] for n in BATCH.lengths("response_ids")], np.int32)
+)
 
 
 class Drawer:
@@ -31,9 +34,9 @@ class Drawer:
         return Ragged.of([self.draws[name] for name in batch.ids], np.int32)
 
 
-def asked(objective: HpdObjective, draws: Ragged) -> Ragged | None:
+def asked(objective: HpdObjective, draws: Ragged, batch: Batch = BATCH) -> Ragged | None:
     """The queries of all rows together."""
-    parts = objective.queries(Drawer(draws), BATCH)
+    parts = objective.queries(Drawer(draws), batch)
     if parts is None:
         return None
     parts = list(parts)
@@ -116,8 +119,8 @@ def test_queries_are_data_token_and_draw_and_come_back_as_columns(drawn: Ragged,
         np.testing.assert_allclose(values, table[np.arange(len(ids)), ids], atol=1e-6)
 
 
-def direct(models, draws: Ragged, kind: str) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss from logits and the gradients of all weights, without micro-batches."""
+def direct(models, draws: Ragged, kind: str, trained: np.ndarray | None = None) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss from logits and the gradients of all weights, without micro-batches. `trained`: which response tokens count."""
     model = AutoModelForCausalLM.from_pretrained(models["untied"], dtype=torch.float32)
     teacher, rows = tables(models["tied"], BATCH), []
     for prompt, response in zip(BATCH.ragged("prompt_ids").rows(), BATCH.ragged("response_ids").rows(), strict=True):
@@ -125,6 +128,7 @@ def direct(models, draws: Ragged, kind: str) -> tuple[float, dict[str, torch.Ten
         rows.append(model(ids[None]).logits[0, len(prompt) - 1 : len(ids) - 1])
     student, data = torch.cat(rows)[None], torch.from_numpy(BATCH.ragged("response_ids").values.astype(np.int64))[None]
     drawn, whole = torch.from_numpy(draws.values.astype(np.int64))[None], torch.ones_like(data, dtype=torch.bool)
+    whole = whole if trained is None else torch.from_numpy(trained)[None]
     if kind == "hpd":
         loss, _ = hpd.loss(student, torch.cat(teacher)[None].detach(), data, whole, drawn)
     else:
@@ -161,6 +165,25 @@ def test_a_step_is_the_loss_on_the_logits(drawn: Ragged, solo, pair, models, kin
         grad = grads[name] * scale
         stepped = tensor.detach() * (1 - RATE * 0.01) - RATE * grad / (grad.abs() + 1e-4)
         np.testing.assert_allclose(results[0][1][name], stepped.numpy(), rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_of_an_episode_what_was_generated_is_drawn_and_learned(solo, models) -> None:
+    objective, generated = HpdObjective(), EPISODES.ragged("runs").values >= 0
+    of = spec(models["untied"], objective, zero_stage=0, micro_batch_tokens=20)
+    drawn = assembled(solo(draw, of=of, batch=EPISODES), len(EPISODES))
+    queries = asked(objective, drawn, EPISODES)
+    assert queries is not None and 0 < len(drawn.values) == generated.sum() < len(generated)
+    pairs = queries.values.reshape(-1, 2)
+    assert np.array_equal(pairs[generated, 1], drawn.values) and np.array_equal(pairs[~generated, 0], pairs[~generated, 1])
+    numbers = np.concatenate(uniforms(EPISODES.ids, EPISODES.trained, 0))
+    mass = torch.softmax(torch.cat(tables(models["untied"], EPISODES)).detach().double(), -1).cumsum(-1).numpy()[generated]
+    for chosen, number, steps in zip(drawn.values, numbers, mass, strict=True):
+        assert steps[chosen] > number - 1e-5 and (chosen == 0 or steps[chosen - 1] <= number + 1e-5)
+    batch = objective.advantages(scored(EPISODES, queries, tables(models["tied"], EPISODES)))
+    told = merged(solo(train, of=of, batches=[batch]))
+    want, grads = direct(models, batch.ragged("draw_ids"), "hpd", generated)
+    assert told["loss"] == pytest.approx(want, abs=2e-6)
+    assert told["grad_norm"] == pytest.approx(float(torch.sqrt(sum((grad**2).sum() for grad in grads.values()))), rel=1e-4)  # type: ignore[arg-type]
 
 
 def test_sft_is_the_sft_objective_with_another_name(solo, models) -> None:

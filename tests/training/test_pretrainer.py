@@ -119,3 +119,21 @@ def test_two_ranks_go_on_as_one(solo: Ranks, pair: Ranks, tmp_path: Path, traine
     assert [each["loss"] for each in rest[0]] == pytest.approx([each["loss"] for each in whole[0][1:]], rel=1e-5)
     for name, tensor in rest[2].items():
         np.testing.assert_allclose(tensor, whole[2][name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("before", "stage"),
+    [
+        ({}, 1),
+        ({"zero_stage": 0}, 0),
+        ({"ranks": 2, "zero_stage": 0}, 0),
+        ({"ranks": 2, "zero_stage": 1}, 1),
+        ({"ranks": 2, "zero_stage": 3}, 2),
+    ],
+)
+def test_whole_experts_go_on_split(alone: Any, solo: Ranks, pair: Ranks, tmp_path: Path, before: Any, stage: int) -> None:
+    ranks = pair if before.get("ranks") == 2 else solo
+    ranks(pretraining.trained, of=pretraining.config(trainer=before), steps=1, folder=str(tmp_path / "whole"))
+    of = pretraining.config(trainer={"ranks": 2, "zero_stage": stage, "expert_parallel": 2})
+    rest = pair(pretraining.trained, of=of, steps=2, load=str(tmp_path / "whole"))[0]
+    alike((alone[0][1:], *alone[1:]), rest)
