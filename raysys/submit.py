@@ -149,7 +149,8 @@ def _has_token(env: Mapping[str, str]) -> bool:
 
 def _local(request: Request, keep_head: bool) -> int:
     runs = Path(os.environ.get("RAYSYS_RUNS_DIR") or ROOT / "runs").absolute()
-    travelling = _submitter_facts(request) | {"RAYSYS_RUNS_DIR": str(runs), "RAYSYS_HOME": str(home_folder())}
+    travelling = _submitter_facts(request)
+    travelling |= {"RAYSYS_RUNS_DIR": str(runs), "RAYSYS_HOME": str(home_folder()), "RAYSYS_CHECKOUT": str(ROOT)}
     check = subprocess.run(
         request.command(sys.executable, str(request.config), ["--check"]),
         cwd=ROOT,

@@ -9,7 +9,6 @@ import itertools
 import logging
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 from raysys.agent_transcripts import Transcripts
 from raysys.agent_watch import Watched, history, measured
@@ -40,6 +39,7 @@ from raysys.checks import (
     check_search_agent,
     check_sft,
     local_or_id,
+    recording,
     shared_vocabulary,
 )
 from raysys.colocate import TurningPusher, TurningTrainer, lodger
@@ -117,7 +117,7 @@ def run_gopd(config: GopdConfig, session: Session) -> None:
             trainer.release_cache()  # and measure what is free there
         start_all(**starts)
         if pool is None:
-            source, weights, evaluator = Replay(Path(str(config.rollout.replay))), NoPush(), NoEvaluation()
+            source, weights, evaluator = Replay(recording(str(config.rollout.replay), "rollout.replay")), NoPush(), NoEvaluation()
             resume(session, trainer, source)
         else:
             source = _on_policy(config, session, pool, student, stack)
@@ -196,7 +196,7 @@ def _on_policy(config: GopdConfig | SearchAgentConfig, session: Session, pool: R
         dead_letter=session.ledger.dead_letter,
         max_dead_letters=config.rollout.max_dead_letters,
     )
-    return Recorder(source, Path(config.rollout.record)) if config.rollout.record else source
+    return Recorder(source, recording(config.rollout.record, "rollout.record")) if config.rollout.record else source
 
 
 def run_sft(config: SftConfig, session: Session) -> None:
@@ -212,7 +212,7 @@ def run_hpd(config: HpdConfig, session: Session) -> None:
 
 def _on_data(config: SftConfig | HpdConfig, session: Session, student: str, objective: Objective) -> None:
     """The loop with Ray Data as its source, and scorers where the objective has a teacher."""
-    engines = config.rollout.fewest if config.evaluation else 0
+    engines = config.rollout.fewest * config.rollout.tensor_parallel if config.evaluation else 0
     scoring, lodging = scorer_ranks(config), shares_its_gpus(config)
     hardware = Hardware.choose(config, config.trainer.dtype, config.trainer.ranks + engines + (0 if lodging else scoring))
     with ExitStack() as stack:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysys.config.runs import GopdConfig
+from raysys.errors import ConfigError
 from raysys.evaluation.during import NoEvaluation
 from raysys.ledger import Ledger
 from raysys.loop import Parts, train
@@ -198,3 +199,10 @@ def test_a_prompt_that_dies_while_a_resume_point_is_written_is_in_its_backlog() 
     assert backlog is not None and prompt in backlog.strings("prompt_id") and not letters and state["dead"] == 0
     source.take(BATCH, 2)
     assert [letter["prompt_id"] for letter in letters] == [prompt], "and it is buried when the loop goes on"
+
+
+def test_a_run_on_recorded_samples_does_not_go_on_without_them() -> None:
+    pool = FakePool(lambda n: 0)
+    source = OnPolicySource(FakePrompts(), pool, 2, Sampling(max_tokens=4, seed=0))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^the resume point is of a run on recorded samples.*set rollout\.replay again"):
+        source.restore({"step": 3}, None, 3)

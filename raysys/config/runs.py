@@ -82,6 +82,14 @@ class GopdConfig(Run):
     checkpoint_every: PositiveInt = placed(10)
     keep_checkpoints: PositiveInt = placed(2)
 
+    def identity(self) -> dict[str, Any]:
+        """See `Run.identity`. A run that only records is another one than the run that trains on its recording.
+
+        A run that trains has no such keys, so that its identity is what it was before there were any.
+        """
+        made = {"rollout.generate_only": True, "rollout.record": self.rollout.record}
+        return super().identity() | (made if self.rollout.generate_only else {})
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.reward_scale != 1 and self.reference is None:

@@ -128,7 +128,7 @@ class Stage:
             yield number, result
 
     def _next(self) -> tuple[int, Any]:
-        with waiting("the teacher's engines", "generate", self._config.deadlines.generate, "deadlines.generate"):
+        with waiting("the teacher's engines", "generate", self._watch.patience, "deadlines.generate"):
             while True:
                 try:
                     found = self._came.get(timeout=1.0)

@@ -24,7 +24,7 @@ from raysys.config.parts import Deadlines
 from raysys.data.rows import BadRow, Row
 from raysys.data.stream import encoder_for
 from raysys.data.text import Decoder, Encoded, Encoder
-from raysys.errors import InfrastructureError, RaysysError
+from raysys.errors import DeadlineError, InfrastructureError, RaysysError
 from raysys.generation.answers import Answer, Record, plain, sift, table, told
 from raysys.generation.books import publish
 from raysys.generation.shards import Prompts, Shard
@@ -205,12 +205,14 @@ class Engine:
             if self._worker is None:
                 self._state = "starting"
                 self._show()  # building it holds up this loop
-                worker = self._work.engine(self._work.spec, os.getpid())
+                worker, limit = self._work.engine(self._work.spec, os.getpid()), self._work.deadlines.start
                 try:
-                    await worker.start()
-                except BaseException:
+                    await asyncio.wait_for(worker.start(), limit)
+                except BaseException as error:
                     self._state = "idle"
                     await worker.close()
+                    if isinstance(error, TimeoutError):
+                        raise DeadlineError(f"the engine of {self._work.teacher}", "start", limit, "deadlines.start") from None
                     raise
                 self._worker, self._state = worker, "generating"
             return self._worker

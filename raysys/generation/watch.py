@@ -18,6 +18,8 @@ from raysys.runtime import no_place, waits
 log = logging.getLogger("raysys")
 
 _QUIET_SECONDS = 30.0
+_MOVES = ("pid", "state", "running", "finished", "lost")
+"""Facts of which one changes when an engine gets on."""
 
 
 class Watch:
@@ -44,7 +46,8 @@ class Watch:
         self._teacher, self._bundle, self._turn = teacher, bundle, self._turn + 1
         self._folder = self._root / str(self._turn)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._began = self._told = time.monotonic()
+        self._told = self._heard = self._moved = time.monotonic()
+        self._doing: dict[str, tuple[Any, ...]] = {}
         self._beats: dict[str, tuple[int, float]] = {}
         self._pids: dict[str, int] = {}
         self._strikes = 0
@@ -52,29 +55,49 @@ class Watch:
 
     def shard(self) -> None:
         """One was finished: what died before was not the fault of all."""
-        self._strikes = 0
+        self._strikes, self._moved = 0, time.monotonic()
+
+    @property
+    def patience(self) -> float:
+        """Seconds in which something must happen: an answer has its deadline, and an actor that died needs a place again first."""
+        return self._config.deadlines.generate + self._config.deadlines.placement
 
     def check(self) -> None:
-        """Raises PlacementError, DeadlineError or InfrastructureError: nobody came, starts, moves any more, or too many died."""
+        """Raises PlacementError, DeadlineError or InfrastructureError: nobody came or is left, starts, moves any more, or too many died."""
         now, limits = time.monotonic(), self._config.deadlines
         engines = self.engines()
-        if not engines and now - self._began > limits.placement:
-            raise no_place([self._bundle] * self._config.rollout.fewest, "rollout", limits.placement, "an actor each")
         for name, facts in engines.items():
             self._count(name, facts["pid"])
             beats, since = self._beats.get(name, (-1, now))
             silent, what = now - since, f"the engine of {self._teacher} (pid {facts['pid']})"
             if facts["beats"] != beats:
-                self._beats[name] = (facts["beats"], now)
+                self._beats[name], self._heard = (facts["beats"], now), now
             elif facts["state"] == "starting" and silent > limits.start:
                 raise DeadlineError(what, "start", limits.start, "deadlines.start")
             elif facts["state"] != "starting" and facts["running"] and silent > limits.heartbeat:
                 raise InfrastructureError(
                     f"{what} has shown no sign of life for {limits.heartbeat:g} s", "raise deadlines.heartbeat if this is normal"
                 )
+        self._check_all(now, engines)
         if now - self._told > _QUIET_SECONDS:
             self._told = now
             log.info("engines: %s", "; ".join(_doing(facts) for facts in engines.values()) or "none has come yet")
+
+    def _check_all(self, now: float, engines: dict[str, dict[str, Any]]) -> None:
+        """An engine without answers may be silent, for Ray Data ends those that it has no shards for; but not all of them at once."""
+        placement = self._config.deadlines.placement
+        doing = {name: tuple(facts[key] for key in _MOVES) for name, facts in engines.items()}
+        starting = any(
+            facts["state"] == "starting" for facts in engines.values()
+        )  # which has a deadline of its own, and may keep it silent
+        if starting:
+            self._heard = now
+        if starting or doing != self._doing:
+            self._doing, self._moved = doing, now
+        if now - self._heard > placement:
+            raise no_place([self._bundle] * self._config.rollout.fewest, "rollout", placement, "an actor each")
+        if now - self._moved > self.patience:
+            raise DeadlineError(f"the engines of {self._teacher}", "generate", self.patience, "deadlines.generate")
 
     def _count(self, name: str, pid: int) -> None:
         """Ray Data starts an actor again as often as it dies; someone has to tell when it is enough."""

@@ -20,13 +20,17 @@ from yarl import URL
 from raysys.errors import ConfigError, SearchError, SearchRefused
 from raysys.retrieval.breaker import Breaker, Failed
 from raysys.retrieval.coalesce import Coalescer
-from raysys.retrieval.documents import Document
+from raysys.retrieval.documents import Document, utf8
 from raysys.retrieval.wire import BadAnswer, read_answer, write_request
 
 _LATER = frozenset({408, 425, 429})
 """Codes below 500 that ask for another try."""
 _PARTLY = frozenset({400, 413, 422})
 """Codes that may be one query's fault in a batch of many."""
+
+
+class _Again(Exception):
+    """The request's time ran out for somebody who asked earlier; who gets this has some left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +117,7 @@ class SearchClient:
         size = self.settings.batch
         items = [(query, until) for query in asked.values()]
         parts = await asyncio.gather(
-            *(self._gather(topk or self.settings.topk, items[first : first + size]) for first in range(0, len(items), size))
+            *(self._asked(topk or self.settings.topk, items[first : first + size]) for first in range(0, len(items), size))
         )
         for place, documents in zip(asked, (each for part in parts for each in part), strict=True):
             found[place] = documents
@@ -149,21 +153,30 @@ class SearchClient:
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
+    async def _asked(self, topk: int, items: list[tuple[str, float]]) -> list[list[Document]]:
+        while True:
+            try:
+                return await self._gather(topk, items)
+            except _Again:
+                continue
+
     async def _batch(self, key: Hashable, items: list[tuple[str, float]]) -> Sequence[list[Document] | BaseException]:
         assert isinstance(key, int)
-        return await self._settled([query for query, _ in items], key, min(until for _, until in items))
+        return await self._settled(items, key, min(until for _, until in items))
 
-    async def _settled(self, queries: list[str], topk: int, until: float) -> list[list[Document] | BaseException]:
-        """A result for each query. A refusal that may be due to one of them is asked again in halves."""
+    async def _settled(self, items: list[tuple[str, float]], topk: int, soonest: float) -> list[list[Document] | BaseException]:
+        """A result for each (query, until). A refusal that may be due to one of them is asked again in halves."""
         try:
-            return list(await self._persistent(queries, topk, until))
+            return list(await self._persistent([query for query, _ in items], topk, soonest))
         except SearchError as error:
-            return [error] * len(queries)
+            if self._spent(error.attempts):
+                return [error] * len(items)
+            return [error if until == soonest else _Again() for _, until in items]
         except SearchRefused as error:
-            if len(queries) == 1 or error.status not in _PARTLY:
-                return [error] * len(queries)
-        half = len(queries) // 2
-        return await self._settled(queries[:half], topk, until) + await self._settled(queries[half:], topk, until)
+            if len(items) == 1 or error.status not in _PARTLY:
+                return [error] * len(items)
+        half = len(items) // 2
+        return await self._settled(items[:half], topk, soonest) + await self._settled(items[half:], topk, soonest)
 
     async def _persistent(self, queries: list[str], topk: int, until: float) -> list[list[Document]]:
         """Attempts until one succeeds; waiting for a service that is away is none."""
@@ -180,11 +193,13 @@ class SearchClient:
                 self._breaker.succeeded()
                 return found
             pause = min(self.settings.longest_backoff, self.settings.backoff * 2.0 ** min(attempt, 30)) * self._draw.uniform(0.5, 1.0)
-            spent = attempt >= self.settings.retries and not self._breaker.open  # an outage is nobody's last attempt
-            if spent or time.monotonic() + pause > until:
+            if self._spent(attempt + 1) or time.monotonic() + pause > until:
                 raise SearchError(self.url, attempt + 1, time.monotonic() - began, cause)
             await asyncio.sleep(pause)
         raise AssertionError  # count() has no end
+
+    def _spent(self, attempts: int) -> bool:
+        return attempts > self.settings.retries and not self._breaker.open  # an outage is nobody's last attempt
 
     async def _passes(self, until: float) -> bool:
         began = time.monotonic()
@@ -229,4 +244,4 @@ class SearchClient:
 
 def _sent(query: str, most: int) -> str:
     """What of a query is sent: no more than `most` characters, and only what UTF-8 can carry."""
-    return query[:most].encode("utf-8", "replace").decode("utf-8")
+    return utf8(query[:most])

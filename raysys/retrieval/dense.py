@@ -11,6 +11,7 @@ from blake3 import blake3
 
 from raysys.errors import ConfigError, DataError
 from raysys.retrieval.corpus import Corpus
+from raysys.retrieval.documents import utf8
 from raysys.retrieval.folders import open_or_build
 
 HNSW_ABOVE = 1_000_000
@@ -61,7 +62,7 @@ class Encoder:
             for first in range(0, len(order), _BATCH):
                 chosen = order[first : first + _BATCH]
                 inputs = self._tokenizer(
-                    [_encodable(texts[index]) for index in chosen],
+                    [utf8(texts[index]) for index in chosen],
                     padding=True,
                     truncation=True,
                     max_length=self.max_tokens,
@@ -177,8 +178,8 @@ class Reranker:
             for first in range(0, len(order), _BATCH):
                 chosen = order[first : first + _BATCH]
                 inputs = self._tokenizer(
-                    [_encodable(pairs[index][0]) for index in chosen],
-                    [_encodable(pairs[index][1]) for index in chosen],
+                    [utf8(pairs[index][0]) for index in chosen],
+                    [utf8(pairs[index][1]) for index in chosen],
                     padding=True,
                     truncation=True,
                     max_length=self.max_tokens,
@@ -212,10 +213,6 @@ def weights_digest(folder: str | Path) -> str:
             found.update(path.name.encode() + b"\0")
             found.update_mmap(path)
     return found.hexdigest(length=16)
-
-
-def _encodable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is more than a tokenizer takes
 
 
 def _faiss() -> Any:

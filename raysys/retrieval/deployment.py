@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
+from raysys.errors import DeadlineError
 from raysys.retrieval.documents import Document
 from raysys.retrieval.search import IndexSettings, LocalSearch
 from raysys.retrieval.wire import Limits
@@ -47,45 +49,44 @@ def serve_app(
 
 
 class ActorSearch:
-    """A `Searcher` over an actor of `LocalSearch`, e.g. of `start_actor`; may be handed to other actors."""
+    """A `Searcher` over an actor of `LocalSearch`, e.g. of `start_actor`; may be handed to other actors.
 
-    def __init__(self, actor: Any):
-        self.actor = actor
+    Args:
+        deadline: seconds of a search, in which Ray may have to start the actor again.
+    """
+
+    def __init__(self, actor: Any, deadline: float):
+        self.actor, self._deadline = actor, deadline
 
     async def search(self, queries: Sequence[str], topk: int | None = None) -> list[list[Document]]:
-        """As `SearchClient.search`. Raises InfrastructureError when the actor is gone, or what it raised."""
-        import ray.exceptions
+        """As `SearchClient.search`. Raises InfrastructureError when the actor is gone or silent (DeadlineError), or what it raised."""
+        return await _within(self.actor.search.remote(list(queries), topk), "search", self._deadline, "search.deadline")
 
-        from raysys.runtime import first_cause
-
-        try:
-            return await self.actor.search.remote(list(queries), topk)
-        except ray.exceptions.RayError as error:
-            raise first_cause(error, "search", "search") from error
-
-    async def wait_healthy(self, deadline: float | None = None) -> None:
-        """Returns when the index is open. Raises DeadlineError after `deadline` seconds, or what opening it raised."""
-        import asyncio
-
-        import ray.exceptions
-
-        from raysys.errors import DeadlineError
-        from raysys.runtime import first_cause
-
-        try:
-            async with asyncio.timeout(deadline):
-                await self.actor.wait_healthy.remote()
-        except TimeoutError:
-            raise DeadlineError("search", "opening the index", deadline or 0.0, "search.deadline") from None
-        except ray.exceptions.RayError as error:
-            raise first_cause(error, "search", "opening the index") from error
+    async def wait_healthy(self, deadline: float | None = None, knob: str = "search.deadline") -> None:
+        """Returns when the index is open. Raises DeadlineError after `deadline` seconds, which `knob` sets, or what opening it raised."""
+        await _within(self.actor.wait_healthy.remote(), "opening the index", deadline, knob)
 
     async def close(self) -> None:
         """The actor lives on: it is whoever started it that ends it."""
 
 
-def start_actor(settings: IndexSettings, **options: Any) -> ActorSearch:
-    """A search in an actor of its own. `options`: Ray's, such as `num_cpus`."""
+async def _within(answer: Awaitable[Any], operation: str, seconds: float | None, knob: str) -> Any:
+    """What the actor gives, or one of our errors."""
+    import ray.exceptions
+
+    from raysys.runtime import first_cause
+
+    try:
+        async with asyncio.timeout(seconds):
+            return await answer
+    except ray.exceptions.RayError as error:  # first: an actor's own TimeoutError comes as both
+        raise first_cause(error, "the search actor", operation) from error
+    except TimeoutError:
+        raise DeadlineError("the search actor", operation, seconds or 0.0, knob) from None
+
+
+def start_actor(settings: IndexSettings, deadline: float, **options: Any) -> ActorSearch:
+    """A search in an actor of its own. `deadline`: seconds of a search; `options`: Ray's, such as `num_cpus`."""
     import ray
 
-    return ActorSearch(ray.remote(LocalSearch).options(**options).remote(settings))
+    return ActorSearch(ray.remote(LocalSearch).options(**options).remote(settings), deadline)

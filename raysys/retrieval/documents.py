@@ -32,11 +32,14 @@ class Searcher(Protocol):
     """What an episode is handed: a service behind HTTP, an actor, or an index in the same process."""
 
     async def search(self, queries: Sequence[str], topk: int | None = None) -> list[list[Document]]:
-        """Documents of each query, best first. `topk`: null takes the searcher's own. Raises SearchError, SearchRefused."""
+        """Documents of each query, best first. `topk`: null takes the searcher's own.
+
+        Raises SearchRefused, and SearchError or another InfrastructureError when none came in time.
+        """
         ...
 
     async def wait_healthy(self, deadline: float | None = None) -> None:
-        """Returns when a search would be answered. `deadline`: seconds. Raises SearchError when it has passed."""
+        """Returns when a search would be answered. `deadline`: seconds. Raises an InfrastructureError when it has passed."""
         ...
 
     async def close(self) -> None: ...
@@ -58,8 +61,13 @@ def join_contents(title: str, body: str) -> str:
 
 def from_contents(contents: str, doc_id: str | None, score: float) -> Document:
     """A document without an id gets one from its exact text."""
-    title, body = split_contents(contents)
-    return Document(text_id(contents) if doc_id is None else doc_id, title, body, score)
+    title, body = split_contents(utf8(contents))
+    return Document(text_id(contents) if doc_id is None else utf8(doc_id), title, body, score)
+
+
+def utf8(text: str) -> str:
+    """What UTF-8 can carry of a text: JSON may hold half a surrogate pair, which Arrow, tokenizers and files refuse."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def text_id(contents: str) -> str:

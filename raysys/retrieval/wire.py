@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raysys.retrieval.documents import Document, Found, from_contents, join_contents
+from raysys.retrieval.documents import Document, Found, from_contents, join_contents, utf8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +87,14 @@ def _count(payload: Mapping[str, Any], key: str, most: int) -> int | None:
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise BadRequest(422, f"`{key}` must be a whole number from 1 to {most}, found {str(value)[:50]}")
+        raise BadRequest(422, f"`{key}` must be a whole number from 1 to {most}, found {ascii(value)[:50]}")
     return value
 
 
 def _flag(payload: Mapping[str, Any], key: str) -> bool:
     value = payload.get(key)
     if value is not None and not isinstance(value, bool):
-        raise BadRequest(422, f"`{key}` must be true or false, found {str(value)[:50]}")
+        raise BadRequest(422, f"`{key}` must be true or false, found {ascii(value)[:50]}")
     return bool(value)
 
 
@@ -142,7 +142,7 @@ def _read_document(item: Any) -> Document:
         if score is None:
             score = math.nan
         if not isinstance(score, (int, float)) or isinstance(score, bool):
-            raise BadAnswer(f"a document with the score {str(score)[:50]}")
+            raise BadAnswer(f"a document with the score {utf8(str(score)[:50])}")
     if isinstance(document, str):
         return from_contents(document, None, float(score))
     if isinstance(document, dict):
@@ -152,7 +152,7 @@ def _read_document(item: Any) -> Document:
         if isinstance(contents, str):
             doc_id = document.get("id")
             return from_contents(contents, None if doc_id is None else str(doc_id), float(score))
-    raise BadAnswer(f"a document that is neither text nor an object with `contents`: {str(document)[:100]}")
+    raise BadAnswer(f"a document that is neither text nor an object with `contents`: {utf8(str(document)[:100])}")
 
 
 def _shown(body: bytes) -> str:

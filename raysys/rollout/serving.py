@@ -136,13 +136,14 @@ class Serving:
             await _within(self._empty, linger)
         if not self._news.is_set() and self._running:
             await self._listen(wait)
+        done, failed = self._done, self._failed
+        rows = _columns([response for _, response in done]) if done else None
+        self._done, self._failed = [], []  # only now: what could not be put together is not lost
         self._news.clear()
-        done, self._done = self._done, []
-        failed, self._failed = self._failed, []
         busy = self._busy + (time.monotonic() - self._since if self._running else 0.0)
         return Harvest(
             tickets=tuple(ticket for ticket, _ in done),
-            rows=_columns([response for _, response in done]) if done else None,
+            rows=rows,
             failures=tuple(failed),
             version=self._version,
             running=self._running,

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from raysys.batch import Batch
-from raysys.errors import DataError, InfrastructureError
+from raysys.errors import ConfigError, DataError, InfrastructureError
 from raysys.rollout.pool import RolloutPool
 from raysys.rollout.results import Result, attach
 from raysys.rollout.spec import RESPONSE_COLUMNS, Sampling, response_columns
@@ -131,7 +131,16 @@ class OnPolicySource:
         return Batch.concat(groups).with_columns(**columns)
 
     def restore(self, state: dict[str, Any], backlog: Batch | None = None, version: int = 0) -> None:
-        """Goes on with weights `version`: finished samples of the backlog are kept, the others drawn again, by the same seeds."""
+        """Goes on with weights `version`: finished samples of the backlog are kept, the others drawn again, by the same seeds.
+
+        Raises:
+            ConfigError: the resume point is of a run that took recorded samples.
+        """
+        if "prompts" not in state:
+            raise ConfigError(
+                "the resume point is of a run on recorded samples and has no place in the prompts",
+                "set rollout.replay again, or choose another name=",
+            )
         self._pool.cancel(list(self._of_ticket))
         self._groups, self._of_ticket = {}, {}
         self._inbox.clear()

@@ -181,6 +181,8 @@ class ScorerGroup:
             except InfrastructureError as error:
                 if not left or not (isinstance(error, DeadlineError) or died(error)):
                     raise
+                if ref is None:
+                    worker = self._workers[rank]  # what took the place failed, too
                 if self._workers[rank] is worker:
                     log.warning("%s; another takes its place", error.message)
                     self.lost += 1

@@ -11,6 +11,7 @@ from raysys.buckets import UNDER_WAY, Bucket, Layout, Packed, Placed, Plan
 from raysys.errors import BucketError, WeightSyncError
 from raysys.memory import Slots, sweep
 
+_INDEX = "model.safetensors.index.json"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -146,13 +147,19 @@ class SharedMemoryReceiver:
 
 
 def shapes_of(model: str) -> dict[str, tuple[int, ...]] | None:
-    """Shape by name from the headers of the safetensors files that the engine was started from; None if there are none."""
+    """Shape by name from the headers of the safetensors files that the engine was started from; None if there are none.
+
+    Of a folder with an index these are the files that it names: others, such as an adapter's, may lie beside them.
+    """
     folder = Path(model)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(model, allow_patterns=["*.safetensors"], local_files_only=True))
-    files = sorted(folder.glob("*.safetensors"))
+        folder = Path(snapshot_download(model, allow_patterns=["*.safetensors", _INDEX], local_files_only=True))
+    files, index = sorted(folder.glob("*.safetensors")), folder / _INDEX
+    if index.is_file():
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        files = [file for file in files if file.name in named]
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with open(file, "rb") as stream:

@@ -25,6 +25,7 @@ import raysys
 signal.signal(signal.SIGTERM, lambda *_: (print("asked to stop", flush=True), sys.exit(7)))
 pairs = dict(argument.split("=", 1) for argument in sys.argv if "=" in argument)
 print("echo pid", os.getpid(), "package", raysys.__file__, "runs", os.environ.get("RAYSYS_RUNS_DIR"), flush=True)
+print("checkout", os.environ.get("RAYSYS_CHECKOUT"), flush=True)
 print("said", sorted(pairs.items()), "command", os.environ["RAYSYS_COMMAND"], flush=True)
 for _ in range(int(pairs.get("ticks", 0))):
     print("tick", flush=True)

@@ -77,7 +77,7 @@ def test_submit_to_a_running_cluster(ray_head: heads.Head, checkout: Path, comma
     env = plain_env(checkout, RAY_ADDRESS=ray_head.dashboard, RAY_AUTH_TOKEN_PATH=ray_head.token_path)
     done = run([*command, "echo", "run_dir=/shared/x", "word=two words"], env, checkout)
     assert done.returncode == 0, done.stderr
-    assert "('word', 'two words')" in done.stdout and "_ray_pkg_" in done.stdout
+    assert "('word', 'two words')" in done.stdout and "_ray_pkg_" in done.stdout and "checkout None" in done.stdout
     assert not (checkout / ".raysys").exists(), "nothing local may be started"
     failed = run([*command, "echo", "run_dir=/shared/x", "code=5"], env, checkout)
     assert failed.returncode == 5
@@ -134,7 +134,8 @@ def test_local_head_is_started_kept_found_and_stopped(checkout: Path, command: l
     env = plain_env(checkout)
     first = run([*command, "echo", "--keep-head"], env, checkout)
     assert first.returncode == 0 and "Ray head started" in first.stdout, first.stderr
-    assert f"runs {checkout}/runs" in first.stdout and "command bash cluster/quickstart.sh echo" in first.stdout
+    assert f"runs {checkout}/runs" in first.stdout and f"checkout {checkout}\n" in first.stdout
+    assert "command bash cluster/quickstart.sh echo" in first.stdout
     head = heads.running(checkout / ".raysys")
     assert head is not None
     family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]

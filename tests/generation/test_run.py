@@ -235,6 +235,35 @@ def test_silence_is_told_with_its_knob(tmp_path: Path, monkeypatch: pytest.Monke
     look, here = watch(heartbeat=5)
     beat(running=0)
     told(look, 99)  # who has nothing to do may be gone
+    look, here = watch(placement=5)
+    beat(running=0)
+    with pytest.raises(PlacementError, match="no place for rollout"):  # but not all of them
+        told(look, 6)
+    look, here = watch(placement=5, generate=4)
+    doing = [
+        {},
+        {"running": 0},
+        {"running": 0, "finished": 1},
+        {"state": "starting"},
+        {"state": "starting"},
+        {"running": 0},
+        {"running": 0},
+    ]
+    for beats, facts in enumerate(doing):
+        beat(beats=beats, **facts)
+        look.check()
+        now[0] += 8
+    look.shard()
+    now[0] += 8
+    beat(beats=8, running=0)
+    look.check()
+    now[0] += 2
+    beat(beats=9, running=0)
+    with pytest.raises(DeadlineError, match=r"engines of t did not finish 'generate' within 9 s \(raise deadlines.generate"):
+        look.check()  # it beats, but nobody does anything about the shards that are left
+    look, here = watch()
+    beat()
+    look.check()
     for pid in (6, 7):
         beat(pid=pid, beats=pid)
         if pid == 6:
@@ -242,6 +271,28 @@ def test_silence_is_told_with_its_knob(tmp_path: Path, monkeypatch: pytest.Monke
         else:
             with pytest.raises(InfrastructureError, match="2 engines of t died with no shard finished in between"):
                 look.check()
+
+
+def test_an_engine_whose_start_hangs_is_told_with_its_knob(tmp_path: Path, teachers: dict[str, str]) -> None:
+    """Its actor goes on beating meanwhile, so that the driver would wait for ever."""
+    closed: list[bool] = []
+
+    class Hangs(Dice):
+        async def start(self) -> dict[str, Any]:
+            await asyncio.sleep(600)
+            return {}
+
+        async def close(self) -> None:
+            closed.append(True)
+
+    wanted = config(teachers, deadlines={"start": 0.05})
+    prompts = Prompts.of(wanted.data, 0, wanted.teachers)
+    shard, *_ = prompts.cut(2, 8)
+    Books(tmp_path, [shard])
+    work = run._work(wanted, tmp_path, tmp_path, teachers["add"], {0: shard}, prompts, "cpu", "float32")
+    with pytest.raises(DeadlineError, match=r"engine of .*add did not finish 'start' within 0.05 s \(raise deadlines.start"):
+        Teacher(dataclasses.replace(work, engine=Hangs)).answer(shard)
+    assert closed == [True]
 
 
 def test_shards_that_keep_the_seats_full() -> None:

@@ -16,8 +16,9 @@ import pytest
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from raysys.errors import ConfigError, SearchError, SearchRefused
+from raysys.retrieval.breaker import Failed
 from raysys.retrieval.client import SearchClient, SearchSettings
-from raysys.retrieval.documents import text_id
+from raysys.retrieval.documents import Document, text_id
 from raysys.retrieval.search import LocalSearch
 from raysys.retrieval.service import Running, create_app
 
@@ -225,6 +226,29 @@ def test_an_outage_longer_than_the_deadline_is_an_error_for_all_who_wait() -> No
     with Running(create_app(None)) as gone:  # type: ignore[arg-type]
         pass
     tell(gone.url, story, deadline=0.6, batch=2, parallel=2)
+
+
+def test_who_shares_a_request_with_one_that_asked_long_before_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service comes back after the others' deadline and before the last one's, which goes with the second."""
+    began = time.monotonic()
+
+    async def post(client: SearchClient, queries: list[str], topk: int) -> list[list[Document]]:
+        if time.monotonic() - began < 0.5:
+            raise Failed("away")
+        return [[Document(query, "", query)] for query in queries]
+
+    monkeypatch.setattr(SearchClient, "_post", post)
+
+    async def story(client: SearchClient) -> None:
+        async def asked(after: float) -> list[list[Document]]:
+            await asyncio.sleep(after)
+            return await client.search([str(after)])
+
+        *lost, found = await asyncio.gather(*(asked(after) for after in (0.0, 0.02, 0.3)), return_exceptions=True)
+        assert all(isinstance(each, SearchError) for each in lost) and not isinstance(found, BaseException)
+        assert found[0][0].id == "0.3" and time.monotonic() - began < 0.7
+
+    tell("http://127.0.0.1:9", story, deadline=0.4, parallel=1, longest_backoff=0.02)
 
 
 def test_queries_of_many_episodes_share_requests(url: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 import ray
 from ray import cloudpickle, serve
 
+from raysys.errors import DeadlineError
 from raysys.head import Head, free_port
 from raysys.retrieval.client import SearchClient, SearchSettings
 from raysys.retrieval.deployment import ActorSearch, serve_app
@@ -61,9 +62,27 @@ def test_an_actor_is_searched_as_an_index_is(local: LocalSearch) -> None:
         wait_healthy = Remote(local.wait_healthy)
 
     async def story() -> None:
-        actor = ActorSearch(Handle())
+        actor = ActorSearch(Handle(), 5)
         await actor.wait_healthy(1)
         assert await actor.search(["yen", ""], 1) == await local.search(["yen", ""], 1)
         await actor.close()
+
+    asyncio.run(story())
+
+
+def test_an_actor_that_is_silent_is_named_with_the_operation_and_its_knob() -> None:
+    class Remote:
+        def remote(self, *args: Any) -> Any:
+            return asyncio.sleep(60)
+
+    class Handle:
+        search = wait_healthy = Remote()
+
+    async def story() -> None:
+        actor = ActorSearch(Handle(), 0.02)
+        with pytest.raises(DeadlineError, match=r"the search actor did not finish 'search' within 0\.02 s \(raise search\.deadline"):
+            await actor.search(["yen"])
+        with pytest.raises(DeadlineError, match=r"'opening the index' within 0\.01 s \(raise deadlines\.start"):
+            await actor.wait_healthy(0.01, "deadlines.start")
 
     asyncio.run(story())

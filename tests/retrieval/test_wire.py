@@ -58,6 +58,8 @@ def test_our_own_request_is_of_both_styles_and_is_answered_in_the_first() -> Non
         (b'{"queries": [], "topk": true}', 422, "`topk`"),
         (b'{"queries": [], "topk_rerank": 1.5}', 422, "`topk_rerank`"),
         (b'{"queries": [], "topk_retrieval": "20"}', 422, "`topk_retrieval`"),
+        (b'{"queries": [], "topk": "\\ud800"}', 422, r"found '\\ud800'"),
+        (b'{"queries": [], "not_sort": "\\ud800"}', 422, r"found '\\ud800'"),
         (b'{"queries": [], "return_scores": 1}', 422, "`return_scores` must be true or false"),
     ],
 )
@@ -65,6 +67,7 @@ def test_bad_requests_get_a_code_and_a_sentence(body: bytes, status: int, messag
     with pytest.raises(BadRequest, match=message) as caught:
         read_request(body, LIMITS)
     assert caught.value.status == status
+    assert caught.value.message.encode()
 
 
 @pytest.mark.parametrize(
@@ -87,9 +90,17 @@ def test_answers_without_ids_are_known_by_their_exact_text(item: Any) -> None:
     assert document.score == 2 or math.isnan(document.score)
 
 
+@pytest.mark.parametrize("item", [{"document": {"id": "a\ud800", "contents": '"T\ud800"\nb\udfff'}}, '"T\ud800"\nb\udfff'])
+def test_half_a_surrogate_pair_goes_no_further(item: Any) -> None:
+    """Arrow would refuse the whole batch of samples that one such document is in."""
+    ((document,),) = read_answer(json.dumps({"result": [[item]]}).encode(), 1)
+    assert (document.title, document.body) == ("T?", "b?") and document.id in ("a?", text_id('"T\ud800"\nb\udfff'))
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
+        (b'{"result": [[{"document": "x", "score": "\\ud800"}], []]}', "the score ?"),
         (b" <!doctype html><title>502</title>", "an HTML page: <!doctype html>"),
         (b"", "no JSON: an empty body"),
         (b"{}", "without lists in `result`"),
@@ -103,5 +114,6 @@ def test_answers_without_ids_are_known_by_their_exact_text(item: Any) -> None:
     ],
 )
 def test_what_is_no_answer_is_described(body: bytes, message: str) -> None:
-    with pytest.raises(BadAnswer, match=message):
+    with pytest.raises(BadAnswer, match=message) as caught:
         read_answer(body, 2)
+    assert str(caught.value).encode()

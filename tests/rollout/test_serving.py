@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from raysys.batch import Batch, Ragged
 from raysys.config.parts import Rollout
+from raysys.rollout import serving
 from raysys.rollout.serving import Response, Serving
 from raysys.rollout.spec import RolloutSpec, Sampling
 from raysys.rollout.worker import RolloutWorker
@@ -52,6 +54,21 @@ def test_a_ticket_that_comes_again_while_its_aborted_task_ends_is_answered_and_f
         assert harvest.tickets == (0,) and not harvest.failures
         await asyncio.sleep(0.1)
         assert not worker._tasks and worker._empty.is_set()
+
+    asyncio.run(story())
+
+
+def test_samples_that_cannot_be_put_together_are_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        worker = Slow()
+        worker.calls = 1
+        await worker.submit(rows(7, 8), [0, 1], SAMPLING, 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(serving, "_columns", lambda responses: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await worker.collect(wait=5.0)
+        harvest = await asyncio.wait_for(worker.collect(wait=60.0), 2.0)
+        assert sorted(harvest.tickets) == [0, 1] and harvest.rows is not None and len(harvest.rows) == 2
 
     asyncio.run(story())
 

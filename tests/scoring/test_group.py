@@ -13,7 +13,8 @@ import pytest
 from raysys.batch import Batch, Ragged
 from raysys.config.parts import Deadlines, Scoring
 from raysys.config.runs import NewModel
-from raysys.errors import ConfigError, DataError
+from raysys.errors import ConfigError, DataError, DeadlineError
+from raysys.scoring import group as module
 from raysys.scoring.group import ScorerGroup, _merge
 from raysys.scoring.routing import shard
 
@@ -62,6 +63,35 @@ def test_an_unknown_tag_fails_before_any_work_is_sent():
     rows = Batch.from_columns(prompt_id=["p"], domain=["poetry"], prompt_ids=[[1]], response_ids=[[2]])
     with group({"math": "A"}) as scorers, pytest.raises(DataError, match=r"row 0 .*'poetry'"):
         scorers.annotate(rows)  # never started: there is nobody to send it to
+
+
+def test_a_replacement_that_does_not_load_is_replaced_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Call:
+        def __init__(self, worker: str):
+            self._worker = worker
+
+        def remote(self, *args: object) -> str:
+            return self._worker
+
+    class Worker:
+        def __init__(self, name: str):
+            self.name, self.score, self.start = name, Call(name), Call(f"start of {name}")
+
+    def get(ref: str | list[str], **known: object) -> str:
+        if ref in ("first", ["start of second"], "second"):
+            raise DeadlineError(str(ref), "work", 1.0, "deadlines.score")
+        return str(ref)
+
+    killed: list[str] = []
+    monkeypatch.setattr(module, "get", get)
+    monkeypatch.setattr(module.ray, "kill", lambda worker: killed.append(worker.name))
+    scorers, others = group({"math": "A"}), iter([Worker("second"), Worker("third")])
+    monkeypatch.setattr(scorers, "_actor", lambda rank, bundle: next(others))
+    first = Worker("first")
+    scorers._workers = [first]
+    rows = Batch.from_columns(prompt_id=["p"])
+    assert scorers._scored(module._Sent(0, np.array([0]), (rows, None), "first", first)) == "third"
+    assert killed == ["first", "second"] and scorers.lost == 2
 
 
 def test_the_driver_side_imports_no_engine():

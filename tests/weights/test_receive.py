@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from raysys.buckets import Layout, Packed, Plan, digest
 from raysys.config.parts import Deadlines, Weights
 from raysys.errors import BucketError, WeightSyncError
 from raysys.weights.push import Pusher
-from raysys.weights.receive import SharedMemoryReceiver
+from raysys.weights.receive import SharedMemoryReceiver, shapes_of
 
 LAYOUTS = [Layout.of({f"w{at}{i}": ((at + i,), "float32", 4 * (at + i)) for i in range(1, 5)}) for at in range(5)]
 PLAN = Plan.of(LAYOUTS)
@@ -119,6 +122,15 @@ def test_a_changed_byte_is_traced_to_its_tensor_and_its_bucket_is_not_loaded(rec
     assert pusher._first_wrong(right).startswith(
         "bucket 2 (from w21 on) arrived with other bytes than left, and each of its tensors as it is"
     )
+
+
+def test_only_files_that_an_index_names_are_the_models(tmp_path: Path) -> None:
+    for name in ("model-00001-of-00002", "model-00002-of-00002", "adapter_model"):
+        save_file({f"w.{name}": torch.zeros(2, 3)}, tmp_path / f"{name}.safetensors")
+    assert len(shapes_of(str(tmp_path)) or ()) == 3
+    weights = {f"w.model-0000{part}-of-00002": f"model-0000{part}-of-00002.safetensors" for part in (1, 2)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    assert shapes_of(str(tmp_path)) == dict.fromkeys(weights, (2, 3))
 
 
 def test_half_a_push_is_refused_by_the_first_tensor_that_never_came(receiver: SharedMemoryReceiver) -> None:
