@@ -1,23 +1,26 @@
 """What a pretraining run counts and holds: the paper's parameter counts, and memory of a GPU under ZeRO and expert parallelism.
 
-Bytes a rank, with D dense parameters (routers with them), S of experts, R ranks of which E share a layer's experts (mixed | float32):
+Bytes a rank, with D dense parameters (routers with them), S of experts, R ranks of which E share a layer's experts, buckets of
+B = min(D + S/E, 5e8) numbers (mixed | float32; mixed precision runs on stage 1 where 0 is asked for):
 
     stage    weights              gradients            optimiser
-    0        (2|4) (D + S/E)      (2|4) (D + S/E)      (12|8) (D + S/E)
-    1        (2|4) (D + S/E)      (2|4) (D + S/E)      (12|8) (D + S)/R
-    2        (2|4) (D + S/E)      (2|4) (D + S)/R      (12|8) (D + S)/R
-    3        (2|4) (D + S)/R      (2|4) (D + S)/R      (12|8) (D + S)/R
+    0        4 (D + S/E)          4 (D + S/E)          8 (D + S/E)
+    1        (2|4) (D + S/E)      (6|4) (D + S/E)      12 (D + S)/R
+    2        (2|4) (D + S/E)      4 (D + S)/R + 8B     12 (D + S)/R
+    3        (2|4) (D + S)/R      4 (D + S)/R + 8B     12 (D + S)/R
 
-Muon keeps one moment where AdamW has two; the estimate stays on the high side. Activations and workspaces are estimates.
+See `raysys.plan` for what gradients are made of, and for an optimiser that is offloaded. Muon keeps one moment where AdamW has two; the
+estimate stays on the high side. Activations and workspaces are estimates.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raysys.config.parallel import effective_stage
 from raysys.config.pretraining import PretrainMoeConfig
 from raysys.models.moe import Counts, counts, shape_for
-from raysys.plan import LOGITS_BLOCK, PROCESS, Device, amount, count
+from raysys.plan import LOGITS_BLOCK, PROCESS, Device, amount, count, gradient_bytes
 
 CLUSTERS = (8, 64, 256)
 """GPUs that a plan is made for, besides those that the config asks for."""
@@ -48,21 +51,21 @@ def layout(config: PretrainMoeConfig, ranks: int, zero_stage: int, expert_parall
     """What one of `ranks` holds; see the module's table."""
     found, model = counted(config), config.model
     mixed = config.trainer.dtype == "bfloat16" or (config.trainer.dtype == "auto" and device.kind == "gpu")
-    width, states = (2, 12) if mixed else (4, 8)
+    stage, width = effective_stage(zero_stage, "bfloat16" if mixed else "float32"), 2 if mixed else 4
+    offload = config.trainer.offload_optimizer and device.kind == "gpu" and stage > 0
     router = model.layers * model.experts * model.width
     dense, sparse = found.dense + found.query_key_norms + router, found.sparse - router
     whole, cut = dense + sparse / expert_parallel, (dense + sparse) / ranks
-    optimiser = states * (cut if zero_stage else whole)
     rows = max(1, -(-config.batch // passes // ranks))
     tokens = rows * config.data.sequence
     layer = dense / model.layers + sparse / model.layers
     parts = {
-        "weights": width * (cut if zero_stage == 3 else whole),
-        "gradients": width * (cut if zero_stage >= 2 else whole),
-        "optimiser": 0.0 if config.trainer.offload_optimizer else optimiser,
+        "weights": width * (cut if stage == 3 else whole),
+        "gradients": gradient_bytes(stage, mixed, whole, cut, offload),
+        "optimiser": 0.0 if offload else 12 * cut if stage else 8 * whole,
         "activations": _activations(config, tokens, width),
         "logits": 8.0 * min(min(tokens, config.trainer.chunk_tokens) * vocabulary_for(config), LOGITS_BLOCK),
-        "gathered": 2.0 * width * layer if zero_stage == 3 else 0.0,
+        "gathered": (2.0 if stage == 3 else float(offload)) * width * layer,
         "process": PROCESS,
     }
     return Layout(ranks, zero_stage, expert_parallel, passes, parts)

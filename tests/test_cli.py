@@ -84,12 +84,13 @@ def test_experts_count_only_where_a_token_passes() -> None:
 @pytest.mark.parametrize(
     ("stage", "ranks", "dtype", "expected"),
     [
-        (0, 4, "bfloat16", (2.0, 2.0, 12.0)),
-        (1, 4, "bfloat16", (2.0, 2.0, 3.0)),
-        (2, 4, "bfloat16", (2.0, 0.5, 3.0)),
-        (3, 4, "bfloat16", (0.5, 0.5, 3.0)),
-        (0, 1, "float32", (4.0, 4.0, 8.0)),
-        (3, 2, "float32", (2.0, 2.0, 4.0)),
+        (0, 4, "bfloat16", (2.0, 6.0, 3.0)),  # runs on stage 1
+        (1, 4, "bfloat16", (2.0, 6.0, 3.0)),
+        (2, 4, "bfloat16", (2.0, 1.0 + 8.0, 3.0)),
+        (3, 4, "bfloat16", (0.5, 1.0 + 8.0, 3.0)),
+        (0, 2, "float32", (4.0, 4.0, 8.0)),
+        (1, 2, "float32", (4.0, 4.0, 6.0)),
+        (3, 2, "float32", (2.0, 2.0 + 8.0, 6.0)),
     ],
 )
 def test_zero_stages_by_hand(stage: int, ranks: int, dtype: str, expected: tuple[float, float, float]) -> None:
@@ -102,7 +103,13 @@ def test_zero_stages_by_hand(stage: int, ranks: int, dtype: str, expected: tuple
 def test_offload_and_checkpointing_free_what_they_say() -> None:
     plain = plan.trainer_place(Trainer(), shape(), 1 << 20, GPU)
     offloaded = plan.trainer_place(Trainer(offload_optimizer=True), shape(), 1 << 20, GPU)
-    assert plain.total - offloaded.total == 12e6 and "11.4 MiB" in offloaded.notes[1]
+    assert plain.parts["optimiser"] == 12e6 and offloaded.parts["optimiser"] == 0
+    assert (plain.parts["gradients"], offloaded.parts["gradients"]) == (6e6, 4e6 + 8e6), "stage 1: whole ones, and two buckets"
+    assert offloaded.parts["gathered"] == 2 * shape().largest_module and "host memory: 17.2 MiB" in offloaded.notes[1]
+    split = plan.trainer_place(Trainer(offload_optimizer=True, zero_stage=2, ranks=4), shape(2_000_000_000), 1 << 20, GPU)
+    assert split.parts["gradients"] == 8 * 5e8, "the bucket has a largest size"
+    cpu = plan.trainer_place(Trainer(offload_optimizer=True), shape(), 1 << 20, plan.Device("cpu"))
+    assert cpu.parts["optimiser"] == 12e6 and len(cpu.notes) == 1, "there it is the same memory"
     # elements a token: kept inputs 2 x 64; inside a layer 8 x 64 + 3 x 64 + 3 x 32 + 4 x 128 = 1312
     assert plan.activation_bytes(shape(), 10, 2, checkpointing=True) == 10 * 2 * (2 * 64 + 1312)
     assert plan.activation_bytes(shape(), 10, 2, checkpointing=False) == 10 * 2 * 2 * (64 + 1312)

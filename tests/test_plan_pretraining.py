@@ -45,17 +45,20 @@ def test_memory_follows_the_table() -> None:
     dense, sparse = found.dense + found.query_key_norms + router, found.sparse - router
     shared = layout(config, 16, 2, 8, 1, H100).parts
     assert shared["weights"] == pytest.approx(2 * (dense + sparse / 8))
-    assert shared["gradients"] == pytest.approx(2 * (dense + sparse) / 16)
+    assert shared["gradients"] == pytest.approx(4 * (dense + sparse) / 16 + 8 * (dense + sparse / 8))
     assert shared["optimiser"] == pytest.approx(12 * (dense + sparse) / 16)
     pieces = layout(config, 16, 3, 1, 1, H100).parts
     assert pieces["weights"] == pytest.approx(2 * (dense + sparse) / 16) and pieces["gathered"] > 0
+    assert pieces["gradients"] == pytest.approx(4 * (dense + sparse) / 16 + 8 * 5e8), "the bucket has a largest size"
     single = layout(config, 1, 0, 1, 1, Device("cpu", 24 * GIB)).parts
+    assert single["gradients"] == pytest.approx(6 * (dense + sparse)), "bfloat16 runs on stage 1"
     assert single["optimiser"] == pytest.approx(12 * (dense + sparse)), "the config says bfloat16"
 
 
 def test_the_plainest_layout_that_fits_is_chosen() -> None:
     config = paper("11b")
-    assert (choose_layout(config, 64, H100).zero_stage, choose_layout(config, 64, H100).expert_parallel) == (1, 1)
+    found = [choose_layout(one, 64, H100) for one in (paper("3b"), config)]
+    assert [(one.zero_stage, one.expert_parallel) for one in found] == [(1, 1), (2, 1)], "whole float32 gradients of 11 B have no room"
     small = choose_layout(config, 64, Device("gpu", 30 * GIB))
     assert small.total <= 30 * GIB and small.expert_parallel > 1
     more = choose_layout(config, 8, H100)
@@ -63,6 +66,11 @@ def test_the_plainest_layout_that_fits_is_chosen() -> None:
     assert choose_layout(config, 8, Device("gpu", 4 * GIB)).total > 4 * GIB
     text, fits = render(config, Device("gpu", 4 * GIB))
     assert not fits and "DOES NOT FIT in 4.0 GiB" in text
+
+
+@pytest.mark.parametrize("size", ["1b", "3b", "11b"])
+def test_what_the_configs_ask_for_fits(size: str) -> None:
+    assert render(paper(size), H100)[1]
 
 
 def test_a_flat_router_is_warned_of() -> None:

@@ -20,8 +20,9 @@ from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_st
 from torch import Tensor
 from torch import distributed as dist
 
+from raysys.config.parallel import effective_stage
 from raysys.errors import CheckpointError
-from raysys.training.deep import Rank, effective_stage
+from raysys.training.deep import Rank
 from raysys.training.expert_states import link
 from raysys.training.weights import gathered, shape_of
 

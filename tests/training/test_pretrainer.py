@@ -14,6 +14,7 @@ from raysys.config.corpora import Corpus, Source
 from raysys.data.local_text import train_tokenizer
 from raysys.data.token_cache import TokenCache
 from raysys.data.tokenise import tokenise_all
+from raysys.plan import gradient_bytes
 from tests.training import pretraining
 from tests.training.ranks import Ranks
 
@@ -92,6 +93,14 @@ def test_experts_split_over_two_ranks_are_whole_ones(alone: Any, solo: Ranks, pa
     assert found[0][0] == found[1][0]
 
 
+@pytest.mark.parametrize(("stage", "kind"), [(0, "adamw"), (1, "adamw"), (2, "adamw"), (3, "adamw"), (2, "muonh")])
+def test_gradients_take_what_the_plan_says(pair: Ranks, stage: int, kind: str) -> None:
+    of = pretraining.config(trainer={"ranks": 2, "zero_stage": stage}, optimiser={"kind": kind})
+    for held, parameters in pair(pretraining.gradients, of=of):
+        planned = gradient_bytes(max(stage, 1), True, parameters, parameters / 2, False) - (8 * parameters if stage > 1 else 0)
+        assert held == pytest.approx(planned, rel=0.02), "but for what fills parts up to whole numbers"
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> TokenCache:
     folder = tmp_path_factory.mktemp("held out")
@@ -99,7 +108,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> TokenCache:
     train_tokenizer([folder / "text.jsonl"], 300, folder / "tokenizer")
     source = Source(path=str(folder / "text.jsonl"))
     data = Corpus(sources={"a": source}, tokenizer=str(folder / "tokenizer"), sequence=pretraining.SEQUENCE, held_out_share=0.3)
-    cache = TokenCache(data, str(folder / "tokens"), 0, lambda work, units, tasks: iter(tokenise_all(work, units)))
+    cache = TokenCache(data, str(folder / "tokens"), 0, lambda work, units, tasks: (one for one in tokenise_all(work, units)))
     cache.wait(60)
     return cache
 
