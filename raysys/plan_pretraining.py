@@ -143,7 +143,7 @@ def render(config: PretrainMoeConfig, device: Device, gpus: int | None = None) -
         work = 8 if config.trainer.activation_checkpointing else 6
         rate = device.tflops * 1e12 / (work * found.activated)
         text += ["", f"at most, by the data sheet: {rate:,.0f} tokens/s a GPU ({work} operations a parameter that a token passes through)"]
-    if warning := config.flat_router():
+    for warning in filter(None, (config.flat_router(), config.not_exported())):
         text += ["", warning]
     largest = config.router.largest_logit(model.width, model.experts)
     if largest is not None:

@@ -69,7 +69,8 @@ def work(settings: dict[str, Any]) -> None:
         _resume(pretrainer, task)
         with ExitStack() as stack:
             _train(pretrainer, task, stack)
-        _export(pretrainer, task)
+        if not task.spec.config.not_exported():
+            _export(pretrainer, task)
     except InfrastructureError:
         raise
     except RaysysError as error:  # the same again, however often it is tried

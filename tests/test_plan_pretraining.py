@@ -79,6 +79,12 @@ def test_a_flat_router_is_warned_of() -> None:
     assert not paper("11b", "router.scale=1", "router.mpi=false").flat_router()
 
 
+def test_a_model_that_stock_folders_cannot_hold_is_warned_of() -> None:
+    config = paper("1b", "router.gate=sigmoid")
+    assert "router.gate=sigmoid" in config.not_exported() and config.not_exported() in render(config, H100)[0]
+    assert not paper("1b").not_exported()
+
+
 def tiny(**more: Any) -> PretrainMoeConfig:
     return PretrainMoeConfig.model_validate(
         {

@@ -145,6 +145,15 @@ def test_the_export_is_a_stock_model(calm: Path) -> None:
     assert type(model).__name__ == "Qwen3MoeForCausalLM" and loss < 0.9 * np.log(300)
 
 
+def test_a_router_that_no_stock_model_has_is_trained_to_the_end(place: Workplace) -> None:
+    run = place.run("pretrain_moe", "sigmoid", config(place, steps=2), "router.gate=sigmoid")
+    steps, told = steps_of(place, "sigmoid"), (place.folder / "sigmoid.log").read_text()
+    assert len(steps) == 2 and steps[-1]["validation_loss"] > 0
+    assert (run / "checkpoints" / "step_00000002" / "manifest.json").is_file() and (run / "ledger" / "finished.json").is_file()
+    assert (run / "report.html").is_file() and not any((run / "export").iterdir())
+    assert told.count("router.gate=sigmoid: stock Qwen3-MoE") == 2 and f"weights: {run}/checkpoints/step_00000002" in told
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
