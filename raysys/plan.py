@@ -70,6 +70,8 @@ class Place:
     """Bytes by part, on one GPU; on CPU in one process."""
     notes: list[str] = field(default_factory=list)
     remedy: str = ""
+    kept: dict[str, float] = field(default_factory=dict)
+    """Of `parts`, what a trainer does not give up between its steps."""
 
     @property
     def total(self) -> float:
@@ -132,6 +134,7 @@ def this_machine() -> Device:
 def estimate(config: Run, device: Device) -> Estimate:
     """The estimate for all but pipelines. Raises ConfigError: a job without a plan, a model without a shape."""
     from raysys.models.shape import new_shape, shape_of
+    from raysys.plan_sharing import in_turns, together
 
     scratch = SftConfig.model_fields["new_model"].default
     models: dict[str, Shape]
@@ -151,7 +154,7 @@ def estimate(config: Run, device: Device) -> Estimate:
             models |= {f"teacher {tag}": frozen[name] for tag, name in config.teachers.items()}
             scorer = scorer_place(list(frozen.values()), config.scoring, device)
             if config.scoring.placement == "colocated":
-                places[-1] = _together(places[-1], scorer)
+                places[-1] = together(places[-1], scorer, "scoring.placement=own")
             else:
                 places.insert(len(places) - 1, scorer)
         tokens = bounds(student, config.rollout, config.trainer, _length(config), device)
@@ -184,6 +187,8 @@ def estimate(config: Run, device: Device) -> Estimate:
         scorer_place(list(frozen.values()), config.scoring, device),
         trainer_place(config.trainer, student, config.weights.bucket_mib << 20, device),
     ]
+    if config.colocate and device.kind == "gpu":  # on a CPU nothing sleeps
+        places = [in_turns(places[2], places[0]), places[1]]
     return Estimate(models, places, device, bounds(student, config.rollout, config.trainer, _length(config), device))
 
 
@@ -212,7 +217,9 @@ def trainer_place(trainer: Trainer, shape: Shape, bucket_bytes: int, device: Dev
         held = 12 + 4 + (4 if stage == 3 else width)
         notes.append(f"optimiser and gradients in host memory: {amount(held * count / ranks)} a rank")
     remedy = "raise trainer.ranks or zero_stage, lower micro_batch_tokens, set activation_checkpointing or offload_optimizer"
-    return Place("trainer", ranks, 1, parts, notes, remedy)
+    sums = parts["gradients"] if stage == 3 else 4.0 * count if stage == 1 and mixed and not offload else 0.0
+    kept = {name: size for name, size in parts.items() if name not in ("activations", "logits")} | {"gradients": sums}
+    return Place("trainer", ranks, 1, parts, notes, remedy, kept)
 
 
 def gradient_bytes(stage: int, mixed: bool, whole: float, part: float, offload: bool) -> float:
@@ -246,13 +253,6 @@ def scorer_place(frozen: Sequence[Shape], scoring: Scoring, device: Device) -> P
     }
     remedy = "lower scoring.micro_batch_tokens, set scoring.offload, or use fewer or smaller teachers"
     return Place("scorer", scoring.ranks, 1, parts, notes, remedy)
-
-
-def _together(host: Place, lodger: Place) -> Place:
-    """Two that share their GPUs."""
-    parts = {name: host.parts.get(name, 0.0) + lodger.parts.get(name, 0.0) for name in host.parts | lodger.parts}
-    role = f"{host.role} and {lodger.role}"
-    return Place(role, host.actors, host.gpus_each, parts, [*host.notes, *lodger.notes], f"{host.remedy}; or scoring.placement=own")
 
 
 def rollout_place(rollout: Rollout, shape: Shape, length: int, device: Device) -> Place:

@@ -143,6 +143,28 @@ def test_kv_cache_takes_what_is_left_and_splits_over_ranks() -> None:
     assert two.gpus == 2 and two.parts["weights"] == 1e6
 
 
+def test_engines_and_ranks_that_take_turns_share_their_gpus() -> None:
+    of = {"student": "Qwen/Qwen3-4B", "teachers": {"default": "Qwen/Qwen3-4B"}, "data": {"path": "x.jsonl"}, "colocate": True}
+    engines, device = {"workers": 4, "gpu_memory_utilization": 0.5}, plan.Device("gpu", 80 * plan.GIB, 5)
+    trainer = {"ranks": 4, "zero_stage": 2, "activation_checkpointing": True}
+    found = plan.estimate(GopdConfig.parse(of | {"rollout": engines, "trainer": trainer}), device)
+    assert [(place.role, place.gpus) for place in found.places] == [("trainer and rollout", 4), ("scorer", 1)] and not found.problems
+    count = found.models["student"].parameters
+    rests = (2 + 12 / 4) * count + 256 * 2**20 + plan.PROCESS
+    assert found.places[0].total == pytest.approx(40 * plan.GIB + rests), "an engine's share, and what the trainer does not give up"
+    apart = GopdConfig.parse(of | {"rollout": engines, "trainer": trainer, "colocate": False})
+    training = plan.estimate(apart, device).places[2].total + plan.ENGINE
+    assert f"in turns: {plan.amount(training)} while it trains, " in found.places[0].notes[0], "a sleeping engine leaves its process"
+    full = plan.estimate(GopdConfig.parse(of | {"rollout": {"workers": 4}, "trainer": trainer}), device)
+    assert ["lower rollout.gpu_memory_utilization" in problem for problem in full.problems] == [True]
+    wide = trainer | {"activation_checkpointing": False, "micro_batch_tokens": 32768}
+    long = plan.estimate(GopdConfig.parse(of | {"rollout": engines, "trainer": wide}), device)
+    assert long.places[0].parts["activations"] > 40 * plan.GIB and "lower micro_batch_tokens" in long.problems[0]
+    whole = plan.estimate(GopdConfig.parse(of | {"rollout": engines, "trainer": trainer | {"zero_stage": 1}}), device).places[0]
+    assert whole.parts["gradients"] == 4 * count, "float32 sums stay"
+    assert len(plan.estimate(GopdConfig.parse(of | {"rollout": engines, "trainer": trainer}), plan.Device("cpu")).places) == 3
+
+
 def test_a_scorer_holds_each_frozen_model_once() -> None:
     place = plan.scorer_place([shape(), shape(2_000_000)], Scoring(), GPU)
     assert place.parts["weights"] == 2 * 3e6

@@ -188,7 +188,10 @@ class PretrainMoeConfig(Run):
         """A warning where no stock model can be written at the end; "" where one can."""
         if self.router.gate == "softmax":
             return ""
-        return f"router.gate={self.router.gate}: stock Qwen3-MoE has softmax routers only, the run ends with a resume point and nothing in export/"
+        return (
+            f"router.gate={self.router.gate}: stock Qwen3-MoE has softmax routers only, the run ends with a resume point and nothing in "
+            "export/"
+        )
 
     def flat_router(self) -> str:
         """A warning where the router's rows are so short that every expert looks alike; "" where all is well. MPI spec, section 3.1."""
