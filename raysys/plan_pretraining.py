@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raysys.checks import here, sized, vocabulary_of
 from raysys.config.parallel import effective_stage
 from raysys.config.pretraining import PretrainMoeConfig
 from raysys.models.moe import Counts, counts, shape_for
@@ -42,13 +43,20 @@ class Layout:
         return sum(self.parts.values())
 
 
+def planned(config: PretrainMoeConfig) -> PretrainMoeConfig:
+    """With the sizes of the folder that the run starts from. One that an earlier stage will make is taken for the config's `model`."""
+    return sized(config) if config.start is not None and here(config.start).exists() else config.model_copy(update={"start": None})
+
+
 def counted(config: PretrainMoeConfig) -> Counts:
-    """Parameters of the config's model; its vocabulary is the tokenizer's where it names none."""
+    """Parameters of the run's model; its vocabulary is the tokenizer's where it names none."""
+    config = planned(config)
     return counts(shape_for(config.model, config.router, vocabulary_for(config), config.data.sequence))
 
 
 def layout(config: PretrainMoeConfig, ranks: int, zero_stage: int, expert_parallel: int, passes: int, device: Device) -> Layout:
     """What one of `ranks` holds; see the module's table."""
+    config = planned(config)
     found, model = counted(config), config.model
     mixed = config.trainer.dtype == "bfloat16" or (config.trainer.dtype == "auto" and device.kind == "gpu")
     stage, width = effective_stage(zero_stage, "bfloat16" if mixed else "float32"), 2 if mixed else 4
@@ -72,11 +80,7 @@ def layout(config: PretrainMoeConfig, ranks: int, zero_stage: int, expert_parall
 
 
 def vocabulary_for(config: PretrainMoeConfig) -> int:
-    if config.model.vocabulary is not None:
-        return config.model.vocabulary
-    from raysys.checks import vocabulary_of
-
-    return vocabulary_of(config)
+    return vocabulary_of(config) if config.model.vocabulary is None else config.model.vocabulary
 
 
 def _activations(config: PretrainMoeConfig, tokens: int, width: int) -> float:
@@ -92,6 +96,7 @@ def _activations(config: PretrainMoeConfig, tokens: int, width: int) -> float:
 def choose_layout(config: PretrainMoeConfig, ranks: int, device: Device) -> Layout:
     """The plainest that fits: whole copies with sharded states, then shared experts, then everything in pieces; and each of these in
     as few passes as it takes. The last one tried if none does."""
+    config = planned(config)
     shared = [size for size in (2, 4, 8, 16, 32, 64) if ranks % size == 0 and config.model.experts % size == 0]
     tried = [(1, 1), (2, 1), *((stage, size) for size in shared for stage in (1, 2))]
     if config.optimiser.kind == "adamw":
@@ -104,6 +109,7 @@ def choose_layout(config: PretrainMoeConfig, ranks: int, device: Device) -> Layo
 
 def render(config: PretrainMoeConfig, device: Device, gpus: int | None = None) -> tuple[str, bool]:
     """The plan as text, and whether what the config asks for fits."""
+    start, config = config.start, planned(config)
     found, model = counted(config), config.model
     asked = layout(config, config.trainer.fewest, config.trainer.zero_stage, config.trainer.expert_parallel, config.accumulation, device)
     rows = [("the config's", asked)]
@@ -131,6 +137,7 @@ def render(config: PretrainMoeConfig, device: Device, gpus: int | None = None) -
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     table = ["  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text = [
+        *([f"start={start} is not here: taken for the config's model"] if start is not None and not here(start).exists() else []),
         f"parameters: dense {found.dense:,}, sparse {found.sparse:,}, activated {found.activated:,}, total {found.total:,}",
         f"  ({', '.join(map(count, (found.dense, found.sparse, found.activated, found.total)))}; besides, {found.query_key_norms:,} in "
         "norms of queries and keys, which export to stock Qwen3-MoE needs)",

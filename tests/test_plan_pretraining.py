@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raysys import cli
+from raysys.checks import check_pretrain_moe
 from raysys.config.pretraining import PretrainMoeConfig
+from raysys.data.local_text import train_tokenizer
+from raysys.errors import ConfigError
+from raysys.models.moe import MoeDecoder, shape_for
+from raysys.models.moe_files import export_moe
 from raysys.plan import GIB, Device
 from raysys.plan_pretraining import choose_layout, counted, layout, render
 from raysys.plan_trial import try_step
@@ -95,6 +101,35 @@ def tiny(**more: Any) -> PretrainMoeConfig:
         }
         | more
     )
+
+
+def test_a_run_that_starts_from_a_folder_is_planned_and_checked_by_its_sizes(tmp_path: Path) -> None:
+    shape = shape_for(tiny().model.model_copy(update={"experts": 6, "layers": 2}), tiny().router, 300, 64)
+    model = MoeDecoder(shape).initialise(0)
+    export_moe(model, tmp_path / "model")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"document {number}"}) + "\n" for number in range(50)))
+    train_tokenizer([tmp_path / "text.jsonl"], 300, tmp_path / "tokenizer")
+    data = {"sources": {"all": {"path": str(tmp_path / "text.jsonl")}}, "tokenizer": str(tmp_path / "tokenizer"), "sequence": 64}
+
+    def started(**more: Any) -> PretrainMoeConfig:
+        values = {"start": str(tmp_path / "model"), "data": data, "batch": 8, "device": "cpu"}
+        return PretrainMoeConfig.model_validate(values | more)
+
+    found = counted(started())
+    assert found.total + found.query_key_norms == sum(parameter.numel() for parameter in model.parameters())
+    text, fits = render(started(), Device("cpu", 24 * GIB))
+    assert fits and f"total {found.total:,}" in text and "largest logit of the router: 9.2" in text
+    assert try_step(started(), tokens=16).asked == 2
+    thirds = started(trainer={"ranks": 3, "expert_parallel": 3})  # 6 experts; the config's 64 cannot be split like this
+    check_pretrain_moe(thirds)
+    assert layout(thirds, 3, 1, 3, 1, H100).parts["weights"] < layout(thirds, 3, 1, 1, 1, H100).parts["weights"]
+    with pytest.raises(ConfigError, match="experts=6 cannot be split evenly over expert_parallel=4"):
+        check_pretrain_moe(started(trainer={"ranks": 4, "expert_parallel": 4}))
+    with pytest.raises(ConfigError, match=r"start=.*text has no config\.json"):
+        (tmp_path / "text").mkdir()
+        check_pretrain_moe(started(start=str(tmp_path / "text")))
+    later = render(started(start=str(tmp_path / "later"), model={"vocabulary": 300}), H100)[0]
+    assert "later is not here: taken for the config's model" in later
 
 
 def test_a_real_step_says_what_it_cut() -> None:

@@ -178,7 +178,8 @@ class PretrainMoeConfig(Run):
                 f"a pass has {self.batch // self.accumulation} sequences (batch / accumulation), fewer than "
                 f"trainer.ranks={self.trainer.ranks}"
             )
-        check_parallel(self.trainer.zero_stage, self.trainer.expert_parallel, self.trainer.fewest, self.model.experts)
+        if self.start is None:  # else its folder has the experts; see `raysys.checks.sized`
+            check_parallel(self.trainer.zero_stage, self.trainer.expert_parallel, self.trainer.fewest, self.model.experts)
         self.optimiser.check(self.steps, self.trainer.zero_stage, self.trainer.offload_optimizer)
         if self.validation is not None and not self.data.held_out_share:
             raise ValueError("validation needs data.held_out_share: texts that training never sees")

@@ -162,7 +162,7 @@ def test_a_router_that_no_stock_model_has_is_trained_to_the_end(place: Workplace
         ("model.vocabulary=100", "model.vocabulary=100 is smaller than the tokenizer"),
         ("trainer={ranks: 2, zero_stage: 3, expert_parallel: 2}", "expert_parallel"),
         ("trainer={ranks: 2, expert_parallel: 3}", "expert_parallel"),
-        ("start=FOLDER/tokenizer", "is no Qwen3-MoE folder"),
+        ("start=FOLDER/tokenizer", "tokenizer has no config.json (give a Hugging Face folder of a Qwen3-MoE model)"),
         ("data.sources.books.path=FOLDER/gone.jsonl", "gone.jsonl does not exist"),
         ("optimiser.kind=lion", "optimiser.kind"),
     ],
