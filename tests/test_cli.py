@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -272,7 +273,14 @@ def test_quantising_is_planned_by_its_counts(capsys: pytest.CaptureFixture[str],
     assert linears(one) == 64 * (2 * 64 + 2 * 32 + 3 * 128) == 36_864
     # two layers of 36,864 weights in 3 bits with a 2-byte scale for each 64, the rest in 2 bytes
     assert file_bytes(one, 3, 64, 2) == 2 * 36_864 * (3 / 8 + 2 / 64) + (100_000 - 2 * 36_864) * 2
+    tied = replace(one, tied=True)
+    assert file_bytes(tied, 3, 64, 2) == file_bytes(one, 3, 64, 2) == file_bytes(one, 3, 64, 2, rotation=True)
+    assert file_bytes(tied, 3, 64, 2, rotation=True) - file_bytes(one, 3, 64, 2) == 2 * tied.vocabulary * 64, "a head of its own"
     windows = {"path": "t.txt", "samples": 10, "length": 20}
+    turned = QuantizeConfig.model_validate({"model": "m", "method": "rtn", "rotation": True, "keep_dequantised": True})
+    small = shape_of("Qwen/Qwen3-0.6B")
+    notes = plan_quantising.estimate_quantising(turned, small, GPU).places[0].notes
+    assert f"disk meanwhile {plan.amount(2 * (small.parameters + 151936 * 1024))} more" in notes, "dequantised/, too"
     config = QuantizeConfig.model_validate({"model": "m", "method": "gptq", "calibration": windows, "batch": 2})
     assert states_bytes(config, one, 4) == 2 * 3 * 10 * 20 * 64 * 4
     place = plan_quantising.estimate_quantising(config, one, GPU).places[0]
