@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +19,8 @@ CONFIGS = Path(__file__).resolve().parent.parent / "jobs" / "configs"
 GPU = plan.Device("gpu", 80.0 * plan.GIB)
 
 
-def shape(parameters: int = 1_000_000, **changes: int) -> Shape:
-    values = {
+def shape(parameters: int = 1_000_000, **changes: Any) -> Shape:
+    values: dict[str, Any] = {
         "active_parameters": parameters,
         "largest_module": 1000,
         "vocabulary": 100,
