@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from pathlib import Path
 
 from raysys import search_agent
 from raysys.config.agents import QuestionsConfig, SearchAgentConfig
 from raysys.config.corpora import Corpus
+from raysys.config.parallel import check_parallel
 from raysys.config.parts import Data
-from raysys.config.pretraining import LocalTextConfig, PretrainMoeConfig
+from raysys.config.pretraining import LocalTextConfig, MoeModel, PretrainMoeConfig
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, SftConfig
 from raysys.data.corpus import plan_units
 from raysys.data.preflight import check_context, check_vocabularies, preflight, shared_ids
@@ -96,7 +96,7 @@ def check_pretrain_moe(config: PretrainMoeConfig) -> None:
         plan_units(source, label, config.data.unit_bytes, config.data.longest_row)
     if config.start is None:
         return
-    ids = _moe_vocabulary(local_or_id(config.start))
+    ids = sized(config).model.vocabulary or 0
     if ids < vocabulary:
         raise ConfigError(
             f"start={config.start} has {ids} token ids, the tokenizer {config.data.tokenizer} has {vocabulary}",
@@ -126,24 +126,33 @@ def found_here(data: Corpus) -> Corpus:
 
 
 def _absolute(path: str) -> str:
-    return str(_here(path).absolute())
+    return str(here(path).absolute())
 
 
-def _here(path: str) -> Path:
-    """`runs/...` is where this process's runs are kept."""
+def here(path: str) -> Path:
+    """The path as it is found here: `runs/...` is where this process's runs are kept."""
     parts = Path(path).parts
     return Path(os.environ[RUNS_VARIABLE], *parts[1:]) if parts[:1] == ("runs",) and os.environ.get(RUNS_VARIABLE) else Path(path)
 
 
-def _moe_vocabulary(folder: str) -> int:
-    """Token ids of a Qwen3-MoE folder. Raises ConfigError."""
-    path = Path(folder) / "config.json"
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if values.get("model_type") != "qwen3_moe":
-        raise ConfigError(
-            f"start={folder} is no Qwen3-MoE folder (model_type {values.get('model_type')})", "only such models are trained further"
-        )
-    return int(values["vocab_size"])
+def sized(config: PretrainMoeConfig) -> PretrainMoeConfig:
+    """With `model` as it is in the folder that the run starts from, and no `start` any more.
+
+    Raises:
+        ConfigError: there is no such folder, it is no Qwen3-MoE model, or its experts cannot be split as asked.
+    """
+    if config.start is None:
+        return config
+    from raysys.models.moe_files import shape_of_moe
+
+    folder = local_or_id(config.start)
+    try:
+        shape = shape_of_moe(Path(folder))
+    except ConfigError as error:
+        raise ConfigError(f"start={config.start}: {error.message}", error.remedy) from None
+    check_parallel(config.trainer.zero_stage, config.trainer.expert_parallel, config.trainer.fewest, shape.experts)
+    model = MoeModel(**{name: getattr(shape, name) for name in MoeModel.model_fields})
+    return config.model_copy(update={"model": model, "start": None})
 
 
 def shared_vocabulary(config: HpdConfig) -> int | None:
@@ -212,7 +221,7 @@ def _check_data(
 
 def recording(folder: str, key: str) -> Path:
     """Where recorded samples lie, found as a run's own folder is. Raises ConfigError naming `key` where they would be lost."""
-    return lasting(_here(folder), key)
+    return lasting(here(folder), key)
 
 
 def local_or_id(folder: str) -> str:
@@ -220,7 +229,7 @@ def local_or_id(folder: str) -> str:
 
     `runs/...` is looked for where this process's runs are kept. Raises ConfigError for a path that leads nowhere.
     """
-    path = _here(folder)
+    path = here(folder)
     if path.exists():
         return str(path.absolute())
     if folder.startswith(("/", ".", "~", "runs/")):

@@ -1,13 +1,16 @@
 """Will it fit? Memory by part and placement of a run, estimated from its config and meta tensors; nothing is loaded or started.
 
 Weights, gradients, optimiser states and KV cache are exact counts; activations and workspaces are estimates, on the high side.
-ZeRO with R ranks, P parameters, in bytes (mixed precision | float32):
+ZeRO with R ranks, P parameters, buckets of B = min(P, 5e8) numbers, in bytes (mixed precision | float32):
 
-    stage        weights      gradients    optimiser
-    0            2P | 4P      2P | 4P      12P | 8P
-    1            2P | 4P      2P | 4P      12P/R | 8P/R
-    2            2P | 4P      2P/R | 4P/R  12P/R | 8P/R
-    3            2P/R | 4P/R  2P/R | 4P/R  12P/R | 8P/R
+    stage        weights      gradients  optimiser
+    0            4P           4P         8P         float32 only: mixed precision runs on stage 1
+    1            2P | 4P      6P | 4P    12P/R      mixed: DeepSpeed's float32 sums, and a .grad of 2P beside them
+    2            2P | 4P      4P/R + 8B  12P/R      a bucket that fills, and one that is reduced
+    3            2P/R | 4P/R  4P/R + 8B  12P/R
+
+With the optimiser offloaded nothing of it is on the GPU, gradients take 4P + 8B at stage 1 and 8B from stage 2 on, and one of the largest
+module's is on its way.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Literal
 
 from raysys.config.agents import SearchAgentConfig
+from raysys.config.parallel import REDUCE_BUCKET, effective_stage
 from raysys.config.parts import Rollout, Scoring, Trainer
 from raysys.config.quantising import QuantizeConfig
 from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, OnData, Run, SftConfig
@@ -66,6 +70,8 @@ class Place:
     """Bytes by part, on one GPU; on CPU in one process."""
     notes: list[str] = field(default_factory=list)
     remedy: str = ""
+    kept: dict[str, float] = field(default_factory=dict)
+    """Of `parts`, what a trainer does not give up between its steps."""
 
     @property
     def total(self) -> float:
@@ -128,6 +134,7 @@ def this_machine() -> Device:
 def estimate(config: Run, device: Device) -> Estimate:
     """The estimate for all but pipelines. Raises ConfigError: a job without a plan, a model without a shape."""
     from raysys.models.shape import new_shape, shape_of
+    from raysys.plan_sharing import in_turns, together
 
     scratch = SftConfig.model_fields["new_model"].default
     models: dict[str, Shape]
@@ -147,7 +154,7 @@ def estimate(config: Run, device: Device) -> Estimate:
             models |= {f"teacher {tag}": frozen[name] for tag, name in config.teachers.items()}
             scorer = scorer_place(list(frozen.values()), config.scoring, device)
             if config.scoring.placement == "colocated":
-                places[-1] = _together(places[-1], scorer)
+                places[-1] = together(places[-1], scorer, "scoring.placement=own")
             else:
                 places.insert(len(places) - 1, scorer)
         tokens = bounds(student, config.rollout, config.trainer, _length(config), device)
@@ -180,6 +187,8 @@ def estimate(config: Run, device: Device) -> Estimate:
         scorer_place(list(frozen.values()), config.scoring, device),
         trainer_place(config.trainer, student, config.weights.bucket_mib << 20, device),
     ]
+    if config.colocate and device.kind == "gpu":  # on a CPU nothing sleeps
+        places = [in_turns(places[2], places[0]), places[1]]
     return Estimate(models, places, device, bounds(student, config.rollout, config.trainer, _length(config), device))
 
 
@@ -189,26 +198,43 @@ def _length(config: GopdConfig | SearchAgentConfig | OnData | EvaluateConfig | G
 
 def trainer_place(trainer: Trainer, shape: Shape, bucket_bytes: int, device: Device) -> Place:
     """Bytes on one GPU (on CPU: in one process) of one rank; see the module's table."""
-    ranks, stage = trainer.ranks, trainer.zero_stage
+    ranks, count = trainer.ranks, shape.parameters
     mixed = trainer.dtype == "bfloat16" or (trainer.dtype == "auto" and device.kind == "gpu")
-    width = 2 if mixed else 4
-    count = shape.parameters
-    states = (12 if mixed else 8) * count / (ranks if stage >= 1 else 1)
+    stage, width = effective_stage(trainer.zero_stage, "bfloat16" if mixed else "float32"), 2 if mixed else 4
+    offload = trainer.offload_optimizer and device.kind == "gpu"
     parts = {
         "weights": width * count / (ranks if stage == 3 else 1),
-        "gradients": width * count / (ranks if stage >= 2 else 1),
-        "optimiser": 0.0 if trainer.offload_optimizer else states,
+        "gradients": gradient_bytes(stage, mixed, count, count / ranks, offload),
+        "optimiser": 0.0 if offload else 12 * count / ranks if stage else 8.0 * count,
         "activations": activation_bytes(shape, trainer.micro_batch_tokens, width, trainer.activation_checkpointing),
         "logits": trained_logits_bytes(shape, trainer.micro_batch_tokens, mixed),
-        "gathered": 2.0 * width * shape.largest_module if stage == 3 else 0.0,
+        "gathered": (2.0 if stage == 3 else float(offload)) * width * shape.largest_module,
         "bucket": float(min(bucket_bytes, width * count)),
         "process": PROCESS,
     }
     notes = [f"{ranks} rank(s), ZeRO {stage}, {trainer.micro_batch_tokens} tokens a micro-batch"]
-    if trainer.offload_optimizer:
-        notes.append(f"optimiser in host memory: {amount(states)} a rank")
+    if offload:  # besides the states float32 gradients, once more at stage 3, else a copy of the weights on their way back
+        held = 12 + 4 + (4 if stage == 3 else width)
+        notes.append(f"optimiser and gradients in host memory: {amount(held * count / ranks)} a rank")
     remedy = "raise trainer.ranks or zero_stage, lower micro_batch_tokens, set activation_checkpointing or offload_optimizer"
-    return Place("trainer", ranks, 1, parts, notes, remedy)
+    sums = parts["gradients"] if stage == 3 else 4.0 * count if stage == 1 and mixed and not offload else 0.0
+    kept = {name: size for name, size in parts.items() if name not in ("activations", "logits")} | {"gradients": sums}
+    return Place("trainer", ranks, 1, parts, notes, remedy, kept)
+
+
+def gradient_bytes(stage: int, mixed: bool, whole: float, part: float, offload: bool) -> float:
+    """Gradients on one rank; see the module's table.
+
+    Args:
+        stage: an `effective_stage`.
+        whole: parameters whose gradients backward makes here.
+        part: those that this rank updates.
+        offload: they go to the host bucket by bucket, at stage 1 when all of them are there.
+    """
+    buckets = 8.0 * min(whole, REDUCE_BUCKET)
+    if stage >= 2:
+        return buckets + (0.0 if offload else 4.0 * part)
+    return buckets + 4.0 * whole if offload else (6.0 if mixed else 4.0) * whole
 
 
 def scorer_place(frozen: Sequence[Shape], scoring: Scoring, device: Device) -> Place:
@@ -227,13 +253,6 @@ def scorer_place(frozen: Sequence[Shape], scoring: Scoring, device: Device) -> P
     }
     remedy = "lower scoring.micro_batch_tokens, set scoring.offload, or use fewer or smaller teachers"
     return Place("scorer", scoring.ranks, 1, parts, notes, remedy)
-
-
-def _together(host: Place, lodger: Place) -> Place:
-    """Two that share their GPUs."""
-    parts = {name: host.parts.get(name, 0.0) + lodger.parts.get(name, 0.0) for name in host.parts | lodger.parts}
-    role = f"{host.role} and {lodger.role}"
-    return Place(role, host.actors, host.gpus_each, parts, [*host.notes, *lodger.notes], f"{host.remedy}; or scoring.placement=own")
 
 
 def rollout_place(rollout: Rollout, shape: Shape, length: int, device: Device) -> Place:

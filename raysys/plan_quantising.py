@@ -38,10 +38,15 @@ def statistics_bytes(shape: Shape) -> float:
     return 4.0 * (6 * widest**2 + 2 * max(0, shape.experts - 1) * max(inner, shape.hidden) ** 2)
 
 
-def file_bytes(shape: Shape, bits: float, group_size: int, width: int) -> float:
+def written(shape: Shape, rotation: bool) -> int:
+    """Parameters of the files that are made: a rotation unties the head."""
+    return shape.parameters + (shape.vocabulary * shape.hidden if rotation and shape.tied else 0)
+
+
+def file_bytes(shape: Shape, bits: float, group_size: int, width: int, rotation: bool = False) -> float:
     """Of the compressed checkpoint: codes, a scale of `width` bytes a group, and what is not quantised."""
     coded = shape.layers * linears(shape)
-    return coded * (bits / 8 + width / group_size) + (shape.parameters - coded) * width
+    return coded * (bits / 8 + width / group_size) + (written(shape, rotation) - coded) * width
 
 
 def states_bytes(config: QuantizeConfig, shape: Shape, width: int) -> float:
@@ -67,8 +72,8 @@ def estimate_quantising(config: QuantizeConfig, shape: Shape, device: Device) ->
         "logits": float(width * shape.vocabulary * shape.hidden + 2 * 4 * 512 * shape.vocabulary) if config.evaluation else 0.0,
         "process": PROCESS,
     }
-    made = file_bytes(shape, config.bits, config.group_size, width)
-    dequantised = width * shape.parameters if config.keep_dequantised or config.evaluation else 0
+    made = file_bytes(shape, config.bits, config.group_size, width, config.rotation)
+    dequantised = width * written(shape, config.rotation) if config.keep_dequantised or config.evaluation else 0
     notes = [
         f"{config.method}, {config.bits:g} bits on average by {config.allocation}",
         f"export/ {amount(made)} ({8 * made / shape.parameters:.2f} bits a weight with all that is not quantised)",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from raysys.config.pretraining import PretrainMoeConfig
 from raysys.errors import ConfigError
 from raysys.plan import amount
-from raysys.plan_pretraining import vocabulary_for
+from raysys.plan_pretraining import planned, vocabulary_for
 
 _SHARE = 0.6
 """Of the free memory that weights and gradients may take; the rest is for activations and everybody else."""
@@ -53,6 +53,7 @@ def try_step(config: PretrainMoeConfig, free: float | None = None, tokens: int |
     from raysys.models.packing import Packing
     from raysys.models.routing import balance_loss
 
+    config = planned(config)
     gpu = torch.cuda.is_available() and config.device != "cpu"
     device, dtype = (torch.device("cuda"), torch.bfloat16) if gpu else (torch.device("cpu"), torch.float32)
     room = free if free is not None else _free(gpu)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from raysys import errors
 from raysys.assembly import Hardware
-from raysys.checks import found_here, local_or_id, vocabulary_of
+from raysys.checks import found_here, local_or_id, sized, vocabulary_of
 from raysys.config.pretraining import LocalTextConfig, PretrainMoeConfig
 from raysys.data.token_cache import TokenCache
 from raysys.data.token_plan import check_same
@@ -44,7 +44,7 @@ RESIZE_SECONDS = 20.0
 def run_pretrain_moe(config: PretrainMoeConfig, session: Session) -> None:
     """Tokenises what is not tokenised yet, and trains meanwhile."""
     hardware = Hardware.choose(config, config.trainer.dtype, config.trainer.fewest)
-    if warning := config.flat_router():
+    for warning in filter(None, (sized(config).flat_router(), config.not_exported())):
         log.warning(warning)
     data = found_here(config.data)
     with ExitStack() as stack:
@@ -58,7 +58,10 @@ def run_pretrain_moe(config: PretrainMoeConfig, session: Session) -> None:
         _fit(Work(spec, session.folder, session.job, data.tokenizer, cache.path, cache.plan.name, storage), config, hardware)
     storage.keep(config.keep_checkpoints)
     session.ledger.finish(config.steps)
-    log.info("weights: %s", session.folder / "export")
+    if warning := config.not_exported():
+        log.warning("%s; weights: %s/%s", warning, storage.base, storage.newest())
+    else:
+        log.info("weights: %s", session.folder / "export")
 
 
 def run_local_text(config: LocalTextConfig, session: Session) -> None:

@@ -69,7 +69,8 @@ def work(settings: dict[str, Any]) -> None:
         _resume(pretrainer, task)
         with ExitStack() as stack:
             _train(pretrainer, task, stack)
-        _export(pretrainer, task)
+        if not task.spec.config.not_exported():
+            _export(pretrainer, task)
     except InfrastructureError:
         raise
     except RaysysError as error:  # the same again, however often it is tried
@@ -136,7 +137,7 @@ def _watch(pretrainer: Pretrainer, work: Work, step: int) -> dict[str, float]:
     return {name: sum(found[name]) / len(found[name]) for name in ("alignment", "row_cosine", "max_violation_global")}
 
 
-def _stream(pretrainer: Pretrainer, work: Work, split: Split = "train") -> TokenStream:
+def _stream(pretrainer: Pretrainer, work: Work, split: Split = "train", samples: int | None = None) -> TokenStream:
     config = work.spec.config
     return TokenStream(
         work.cache,
@@ -145,6 +146,7 @@ def _stream(pretrainer: Pretrainer, work: Work, split: Split = "train") -> Token
         rank=pretrainer.rank,
         world=pretrainer.world,
         split=split,
+        samples=samples,
         deadline=config.data.wait,
     )
 
@@ -157,10 +159,12 @@ def joined(rows: list[Packed]) -> Sequences:
 
 
 def _validate(pretrainer: Pretrainer, work: Work) -> float:
+    """The loss of the first held-out sequences, as many as were asked for, whatever the size of a pass."""
     config = work.spec.config
     assert config.validation is not None
-    with contextlib.closing(_stream(pretrainer, work, "validation")) as stream:
-        passes = -(-config.validation.sequences // (config.batch // config.accumulation))
+    asked = config.validation.sequences
+    with contextlib.closing(_stream(pretrainer, work, "validation", asked)) as stream:
+        passes = math.ceil(asked / (config.batch // config.accumulation))
         return pretrainer.validate([joined(stream.take(number)) for number in range(passes)])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,8 +19,8 @@ CONFIGS = Path(__file__).resolve().parent.parent / "jobs" / "configs"
 GPU = plan.Device("gpu", 80.0 * plan.GIB)
 
 
-def shape(parameters: int = 1_000_000, **changes: int) -> Shape:
-    values = {
+def shape(parameters: int = 1_000_000, **changes: Any) -> Shape:
+    values: dict[str, Any] = {
         "active_parameters": parameters,
         "largest_module": 1000,
         "vocabulary": 100,
@@ -84,12 +86,13 @@ def test_experts_count_only_where_a_token_passes() -> None:
 @pytest.mark.parametrize(
     ("stage", "ranks", "dtype", "expected"),
     [
-        (0, 4, "bfloat16", (2.0, 2.0, 12.0)),
-        (1, 4, "bfloat16", (2.0, 2.0, 3.0)),
-        (2, 4, "bfloat16", (2.0, 0.5, 3.0)),
-        (3, 4, "bfloat16", (0.5, 0.5, 3.0)),
-        (0, 1, "float32", (4.0, 4.0, 8.0)),
-        (3, 2, "float32", (2.0, 2.0, 4.0)),
+        (0, 4, "bfloat16", (2.0, 6.0, 3.0)),  # runs on stage 1
+        (1, 4, "bfloat16", (2.0, 6.0, 3.0)),
+        (2, 4, "bfloat16", (2.0, 1.0 + 8.0, 3.0)),
+        (3, 4, "bfloat16", (0.5, 1.0 + 8.0, 3.0)),
+        (0, 2, "float32", (4.0, 4.0, 8.0)),
+        (1, 2, "float32", (4.0, 4.0, 6.0)),
+        (3, 2, "float32", (2.0, 2.0 + 8.0, 6.0)),
     ],
 )
 def test_zero_stages_by_hand(stage: int, ranks: int, dtype: str, expected: tuple[float, float, float]) -> None:
@@ -102,7 +105,13 @@ def test_zero_stages_by_hand(stage: int, ranks: int, dtype: str, expected: tuple
 def test_offload_and_checkpointing_free_what_they_say() -> None:
     plain = plan.trainer_place(Trainer(), shape(), 1 << 20, GPU)
     offloaded = plan.trainer_place(Trainer(offload_optimizer=True), shape(), 1 << 20, GPU)
-    assert plain.total - offloaded.total == 12e6 and "11.4 MiB" in offloaded.notes[1]
+    assert plain.parts["optimiser"] == 12e6 and offloaded.parts["optimiser"] == 0
+    assert (plain.parts["gradients"], offloaded.parts["gradients"]) == (6e6, 4e6 + 8e6), "stage 1: whole ones, and two buckets"
+    assert offloaded.parts["gathered"] == 2 * shape().largest_module and "host memory: 17.2 MiB" in offloaded.notes[1]
+    split = plan.trainer_place(Trainer(offload_optimizer=True, zero_stage=2, ranks=4), shape(2_000_000_000), 1 << 20, GPU)
+    assert split.parts["gradients"] == 8 * 5e8, "the bucket has a largest size"
+    cpu = plan.trainer_place(Trainer(offload_optimizer=True), shape(), 1 << 20, plan.Device("cpu"))
+    assert cpu.parts["optimiser"] == 12e6 and len(cpu.notes) == 1, "there it is the same memory"
     # elements a token: kept inputs 2 x 64; inside a layer 8 x 64 + 3 x 64 + 3 x 32 + 4 x 128 = 1312
     assert plan.activation_bytes(shape(), 10, 2, checkpointing=True) == 10 * 2 * (2 * 64 + 1312)
     assert plan.activation_bytes(shape(), 10, 2, checkpointing=False) == 10 * 2 * 2 * (64 + 1312)
@@ -134,6 +143,28 @@ def test_kv_cache_takes_what_is_left_and_splits_over_ranks() -> None:
     assert f"{tokens:,.0f} tokens" in one.notes[1]
     two = plan.rollout_place(Rollout(tensor_parallel=2, gpu_memory_utilization=0.5), shape(), 1000, device)
     assert two.gpus == 2 and two.parts["weights"] == 1e6
+
+
+def test_engines_and_ranks_that_take_turns_share_their_gpus() -> None:
+    of = {"student": "Qwen/Qwen3-4B", "teachers": {"default": "Qwen/Qwen3-4B"}, "data": {"path": "x.jsonl"}, "colocate": True}
+    engines, device = {"workers": 4, "gpu_memory_utilization": 0.5}, plan.Device("gpu", 80 * plan.GIB, 5)
+    trainer = {"ranks": 4, "zero_stage": 2, "activation_checkpointing": True}
+    found = plan.estimate(GopdConfig.parse(of | {"rollout": engines, "trainer": trainer}), device)
+    assert [(place.role, place.gpus) for place in found.places] == [("trainer and rollout", 4), ("scorer", 1)] and not found.problems
+    count = found.models["student"].parameters
+    rests = (2 + 12 / 4) * count + 256 * 2**20 + plan.PROCESS
+    assert found.places[0].total == pytest.approx(40 * plan.GIB + rests), "an engine's share, and what the trainer does not give up"
+    apart = GopdConfig.parse(of | {"rollout": engines, "trainer": trainer, "colocate": False})
+    training = plan.estimate(apart, device).places[2].total + plan.ENGINE
+    assert f"in turns: {plan.amount(training)} while it trains, " in found.places[0].notes[0], "a sleeping engine leaves its process"
+    full = plan.estimate(GopdConfig.parse(of | {"rollout": {"workers": 4}, "trainer": trainer}), device)
+    assert ["lower rollout.gpu_memory_utilization" in problem for problem in full.problems] == [True]
+    wide = trainer | {"activation_checkpointing": False, "micro_batch_tokens": 32768}
+    long = plan.estimate(GopdConfig.parse(of | {"rollout": engines, "trainer": wide}), device)
+    assert long.places[0].parts["activations"] > 40 * plan.GIB and "lower micro_batch_tokens" in long.problems[0]
+    whole = plan.estimate(GopdConfig.parse(of | {"rollout": engines, "trainer": trainer | {"zero_stage": 1}}), device).places[0]
+    assert whole.parts["gradients"] == 4 * count, "float32 sums stay"
+    assert len(plan.estimate(GopdConfig.parse(of | {"rollout": engines, "trainer": trainer}), plan.Device("cpu")).places) == 3
 
 
 def test_a_scorer_holds_each_frozen_model_once() -> None:
@@ -243,7 +274,14 @@ def test_quantising_is_planned_by_its_counts(capsys: pytest.CaptureFixture[str],
     assert linears(one) == 64 * (2 * 64 + 2 * 32 + 3 * 128) == 36_864
     # two layers of 36,864 weights in 3 bits with a 2-byte scale for each 64, the rest in 2 bytes
     assert file_bytes(one, 3, 64, 2) == 2 * 36_864 * (3 / 8 + 2 / 64) + (100_000 - 2 * 36_864) * 2
+    tied = replace(one, tied=True)
+    assert file_bytes(tied, 3, 64, 2) == file_bytes(one, 3, 64, 2) == file_bytes(one, 3, 64, 2, rotation=True)
+    assert file_bytes(tied, 3, 64, 2, rotation=True) - file_bytes(one, 3, 64, 2) == 2 * tied.vocabulary * 64, "a head of its own"
     windows = {"path": "t.txt", "samples": 10, "length": 20}
+    turned = QuantizeConfig.model_validate({"model": "m", "method": "rtn", "rotation": True, "keep_dequantised": True})
+    small = shape_of("Qwen/Qwen3-0.6B")
+    notes = plan_quantising.estimate_quantising(turned, small, GPU).places[0].notes
+    assert f"disk meanwhile {plan.amount(2 * (small.parameters + 151936 * 1024))} more" in notes, "dequantised/, too"
     config = QuantizeConfig.model_validate({"model": "m", "method": "gptq", "calibration": windows, "batch": 2})
     assert states_bytes(config, one, 4) == 2 * 3 * 10 * 20 * 64 * 4
     place = plan_quantising.estimate_quantising(config, one, GPU).places[0]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raysys import cli
+from raysys.checks import check_pretrain_moe
 from raysys.config.pretraining import PretrainMoeConfig
+from raysys.data.local_text import train_tokenizer
+from raysys.errors import ConfigError
+from raysys.models.moe import MoeDecoder, shape_for
+from raysys.models.moe_files import export_moe
 from raysys.plan import GIB, Device
 from raysys.plan_pretraining import choose_layout, counted, layout, render
 from raysys.plan_trial import try_step
@@ -45,17 +51,20 @@ def test_memory_follows_the_table() -> None:
     dense, sparse = found.dense + found.query_key_norms + router, found.sparse - router
     shared = layout(config, 16, 2, 8, 1, H100).parts
     assert shared["weights"] == pytest.approx(2 * (dense + sparse / 8))
-    assert shared["gradients"] == pytest.approx(2 * (dense + sparse) / 16)
+    assert shared["gradients"] == pytest.approx(4 * (dense + sparse) / 16 + 8 * (dense + sparse / 8))
     assert shared["optimiser"] == pytest.approx(12 * (dense + sparse) / 16)
     pieces = layout(config, 16, 3, 1, 1, H100).parts
     assert pieces["weights"] == pytest.approx(2 * (dense + sparse) / 16) and pieces["gathered"] > 0
+    assert pieces["gradients"] == pytest.approx(4 * (dense + sparse) / 16 + 8 * 5e8), "the bucket has a largest size"
     single = layout(config, 1, 0, 1, 1, Device("cpu", 24 * GIB)).parts
+    assert single["gradients"] == pytest.approx(6 * (dense + sparse)), "bfloat16 runs on stage 1"
     assert single["optimiser"] == pytest.approx(12 * (dense + sparse)), "the config says bfloat16"
 
 
 def test_the_plainest_layout_that_fits_is_chosen() -> None:
     config = paper("11b")
-    assert (choose_layout(config, 64, H100).zero_stage, choose_layout(config, 64, H100).expert_parallel) == (1, 1)
+    found = [choose_layout(one, 64, H100) for one in (paper("3b"), config)]
+    assert [(one.zero_stage, one.expert_parallel) for one in found] == [(1, 1), (2, 1)], "whole float32 gradients of 11 B have no room"
     small = choose_layout(config, 64, Device("gpu", 30 * GIB))
     assert small.total <= 30 * GIB and small.expert_parallel > 1
     more = choose_layout(config, 8, H100)
@@ -65,10 +74,21 @@ def test_the_plainest_layout_that_fits_is_chosen() -> None:
     assert not fits and "DOES NOT FIT in 4.0 GiB" in text
 
 
+@pytest.mark.parametrize("size", ["1b", "3b", "11b"])
+def test_what_the_configs_ask_for_fits(size: str) -> None:
+    assert render(paper(size), H100)[1]
+
+
 def test_a_flat_router_is_warned_of() -> None:
     assert "flattens the softmax" in render(paper("11b", "router.scale=1"), H100)[0]
     assert "flattens" not in render(paper("11b"), H100)[0]
     assert not paper("11b", "router.scale=1", "router.mpi=false").flat_router()
+
+
+def test_a_model_that_stock_folders_cannot_hold_is_warned_of() -> None:
+    config = paper("1b", "router.gate=sigmoid")
+    assert "router.gate=sigmoid" in config.not_exported() and config.not_exported() in render(config, H100)[0]
+    assert not paper("1b").not_exported()
 
 
 def tiny(**more: Any) -> PretrainMoeConfig:
@@ -81,6 +101,35 @@ def tiny(**more: Any) -> PretrainMoeConfig:
         }
         | more
     )
+
+
+def test_a_run_that_starts_from_a_folder_is_planned_and_checked_by_its_sizes(tmp_path: Path) -> None:
+    shape = shape_for(tiny().model.model_copy(update={"experts": 6, "layers": 2}), tiny().router, 300, 64)
+    model = MoeDecoder(shape).initialise(0)
+    export_moe(model, tmp_path / "model")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"document {number}"}) + "\n" for number in range(50)))
+    train_tokenizer([tmp_path / "text.jsonl"], 300, tmp_path / "tokenizer")
+    data = {"sources": {"all": {"path": str(tmp_path / "text.jsonl")}}, "tokenizer": str(tmp_path / "tokenizer"), "sequence": 64}
+
+    def started(**more: Any) -> PretrainMoeConfig:
+        values = {"start": str(tmp_path / "model"), "data": data, "batch": 8, "device": "cpu"}
+        return PretrainMoeConfig.model_validate(values | more)
+
+    found = counted(started())
+    assert found.total + found.query_key_norms == sum(parameter.numel() for parameter in model.parameters())
+    text, fits = render(started(), Device("cpu", 24 * GIB))
+    assert fits and f"total {found.total:,}" in text and "largest logit of the router: 9.2" in text
+    assert try_step(started(), tokens=16).asked == 2
+    thirds = started(trainer={"ranks": 3, "expert_parallel": 3})  # 6 experts; the config's 64 cannot be split like this
+    check_pretrain_moe(thirds)
+    assert layout(thirds, 3, 1, 3, 1, H100).parts["weights"] < layout(thirds, 3, 1, 1, 1, H100).parts["weights"]
+    with pytest.raises(ConfigError, match="experts=6 cannot be split evenly over expert_parallel=4"):
+        check_pretrain_moe(started(trainer={"ranks": 4, "expert_parallel": 4}))
+    with pytest.raises(ConfigError, match=r"start=.*text has no config\.json"):
+        (tmp_path / "text").mkdir()
+        check_pretrain_moe(started(start=str(tmp_path / "text")))
+    later = render(started(start=str(tmp_path / "later"), model={"vocabulary": 300}), H100)[0]
+    assert "later is not here: taken for the config's model" in later
 
 
 def test_a_real_step_says_what_it_cut() -> None:

@@ -1,8 +1,16 @@
-"""Which ways of splitting a mixture of experts over ranks go together."""
+"""How ranks share a model: the stage of ZeRO that runs, and which ways of splitting a mixture of experts go together."""
 
 from __future__ import annotations
 
 from raysys.errors import ConfigError
+
+REDUCE_BUCKET = 500_000_000
+"""Numbers of a gradient bucket of DeepSpeed's, at most."""
+
+
+def effective_stage(zero_stage: int, dtype: str) -> int:
+    """Stage 0 keeps no masters and adds gradients up in bfloat16, so bfloat16 runs on stage 1: the same numbers, in float32."""
+    return max(zero_stage, 1) if dtype == "bfloat16" else zero_stage
 
 
 def check_parallel(zero_stage: int, expert_parallel: int, ranks: int, experts: int) -> None:

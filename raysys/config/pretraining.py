@@ -82,6 +82,7 @@ class Router(Config):
     detach_expert: bool = False
     """Routing sends no gradient into the experts."""
     gate: Literal["softmax", "sigmoid"] = "softmax"
+    """Stock Qwen3-MoE has softmax routers only, so a run with sigmoid ends with its resume points and nothing in `export/`."""
     normalise_first: bool = True
     """Probabilities over all experts, then the largest; false: over the chosen ones only."""
     renormalise: bool = False
@@ -177,11 +178,21 @@ class PretrainMoeConfig(Run):
                 f"a pass has {self.batch // self.accumulation} sequences (batch / accumulation), fewer than "
                 f"trainer.ranks={self.trainer.ranks}"
             )
-        check_parallel(self.trainer.zero_stage, self.trainer.expert_parallel, self.trainer.fewest, self.model.experts)
+        if self.start is None:  # else its folder has the experts; see `raysys.checks.sized`
+            check_parallel(self.trainer.zero_stage, self.trainer.expert_parallel, self.trainer.fewest, self.model.experts)
         self.optimiser.check(self.steps, self.trainer.zero_stage, self.trainer.offload_optimizer)
         if self.validation is not None and not self.data.held_out_share:
             raise ValueError("validation needs data.held_out_share: texts that training never sees")
         return self
+
+    def not_exported(self) -> str:
+        """A warning where no stock model can be written at the end; "" where one can."""
+        if self.router.gate == "softmax":
+            return ""
+        return (
+            f"router.gate={self.router.gate}: stock Qwen3-MoE has softmax routers only, the run ends with a resume point and nothing in "
+            "export/"
+        )
 
     def flat_router(self) -> str:
         """A warning where the router's rows are so short that every expert looks alike; "" where all is well. MPI spec, section 3.1."""

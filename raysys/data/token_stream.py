@@ -45,6 +45,7 @@ class TokenStream:
         batch: sequences of a step, of all ranks together.
         rank, world: this worker, and how many there are.
         split: `validation` gives held-out documents, in one order, each once.
+        samples: how many there are in all, so that the last step is cut short; None: steps have no end.
         deadline: seconds that sequences may take to come, when they are not made yet.
 
     Raises:
@@ -60,6 +61,7 @@ class TokenStream:
         rank: int = 0,
         world: int = 1,
         split: Split = "train",
+        samples: int | None = None,
         deadline: float = 900.0,
     ):
         if batch < 1 or not 0 <= rank < world:
@@ -73,7 +75,7 @@ class TokenStream:
         self._mixture = Mixture(self.plan.weights)
         self._orders = {label: SourceOrder(self.plan, label, split) for label in self.plan.units}
         self._rows: dict[str, np.ndarray] = {}
-        self._batch, self._rank, self._world = batch, rank, world
+        self._batch, self._rank, self._world, self._samples = batch, rank, world, samples
         self._stamp: tuple[int, int] | None = None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="token stream")
         self._windows: dict[tuple[str, int, int], Future[_Window]] = {}
@@ -86,7 +88,7 @@ class TokenStream:
         self._refresh()
 
     def take(self, step: int) -> list[Packed]:
-        """This rank's sequences of a step (from 0): of the `batch` samples from `step * batch` on, a run of neighbours.
+        """This rank's sequences of a step (from 0): of the `batch` samples from `step * batch` on, a run of neighbours, or none.
 
         Raises:
             DeadlineError: they were not made in time.
@@ -95,7 +97,8 @@ class TokenStream:
         """
         began = time.monotonic()
         try:
-            first, last = (step * self._batch + self._batch * rank // self._world for rank in (self._rank, self._rank + 1))
+            size = self._batch if self._samples is None else max(0, min(self._batch, self._samples - step * self._batch))
+            first, last = (step * self._batch + size * rank // self._world for rank in (self._rank, self._rank + 1))
             samples = [self._mixture.sample(number) for number in range(first, last)]
             places = [(label, self._place(label, number)) for label, number in samples]
             given: dict[int, Packed] = {}

@@ -88,6 +88,8 @@ class Shape:
     """Of each layer; 0 of a dense model."""
     expert_ffn: int = 0
     """Width of one of them."""
+    tied: bool = False
+    """Whether the embedding is the head, too."""
 
     @property
     def kv_per_token(self) -> int:
@@ -184,4 +186,5 @@ def _measure(label: str, source: str, values: dict[str, Any]) -> Shape:
         ffn=routed * config.moe_intermediate_size if experts else config.intermediate_size,
         experts=experts,
         expert_ffn=config.moe_intermediate_size if experts else 0,
+        tied=bool(config.tie_word_embeddings),
     )

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import deepspeed
 import torch
 
+from raysys.config.parallel import REDUCE_BUCKET
+
 
 class Rank(Protocol):
     """A DeepSpeed rank as checkpoints see it."""
@@ -52,11 +54,6 @@ def join(device: str, threads: int, seed: int) -> tuple[int, int, torch.device]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), here
 
 
-def effective_stage(zero_stage: int, dtype: str) -> int:
-    """Stage 0 keeps no masters and adds gradients up in bfloat16, so bfloat16 runs on stage 1: the same numbers, in float32."""
-    return max(zero_stage, 1) if dtype == "bfloat16" else zero_stage
-
-
 def settings(stage: int, dtype: str, clip: float, parameters: int, offload: bool = False) -> dict[str, Any]:
     """DeepSpeed's config.
 
@@ -67,7 +64,7 @@ def settings(stage: int, dtype: str, clip: float, parameters: int, offload: bool
         parameters: of the model.
         offload: optimiser states in host memory.
     """
-    bucket = min(parameters, 500_000_000)  # DeepSpeed allocates whole buckets, also for a model that fits in a corner of one
+    bucket = min(parameters, REDUCE_BUCKET)  # DeepSpeed allocates whole buckets, also for a model that fits in a corner of one
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": bucket,

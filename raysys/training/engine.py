@@ -19,6 +19,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from raysys.batch import Batch, Ragged
+from raysys.config.parallel import effective_stage
 from raysys.errors import ConfigError, NumericsError
 from raysys.models.causal import load_causal, response_logprobs
 from raysys.training import deep
@@ -50,7 +51,7 @@ class Engine:
             )
         self.names = dict(self.model.named_parameters())
         self.padded = not self.model.packs
-        self.stage = deep.effective_stage(spec.config.zero_stage, spec.dtype)
+        self.stage = effective_stage(spec.config.zero_stage, spec.dtype)
         self.parameters = sum(parameter.numel() for parameter in self.names.values())
         optimizer = torch.optim.AdamW(
             self.model.parameters(),

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from raysys.config.parallel import effective_stage
 from raysys.errors import NumericsError
 from raysys.files import write_json
 from raysys.methods.mpi import alignment, input_matrix, max_violation, row_cosine
@@ -46,7 +47,7 @@ class Pretrainer:
         config = spec.config
         self.spec, self.step_index, self.updates = spec, 0, 0
         self.rank, self.world, self.device = deep.join(spec.device, config.trainer.threads, config.seed)
-        self.stage = deep.effective_stage(config.trainer.zero_stage, spec.dtype)
+        self.stage = effective_stage(config.trainer.zero_stage, spec.dtype)
         self.model = mark(_model(spec, expert_group(config.trainer.expert_parallel)))
         self.activated = counts(self.model.shape).activated
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())

@@ -20,8 +20,9 @@ from deepspeed.checkpoint import ds_to_universal
 from torch import Tensor
 from torch import distributed as dist
 
+from raysys.config.parallel import effective_stage
 from raysys.errors import CheckpointError
-from raysys.training.deep import Rank, effective_stage
+from raysys.training.deep import Rank
 from raysys.training.expert_states import WEIGHT, adamw_moments, load_states
 from raysys.training.weights import shape_of
 

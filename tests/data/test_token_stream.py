@@ -209,6 +209,19 @@ def test_held_out_sequences_in_a_fixed_order(tmp_path: Path, bytewise: str) -> N
         opened(none, split="validation").take(0)
 
 
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_a_stream_of_so_many_samples_is_cut_short(cache: TokenCache, world: int) -> None:
+    whole = opened(cache)
+    expected = [*plain(whole.take(0)), *plain(whole.take(1))][:11]
+    ranks = [opened(cache, rank=rank, world=world, samples=11) for rank in range(world)]
+    steps = [[plain(rank.take(step)) for rank in ranks] for step in range(3)]
+    assert [row for step in steps for share in step for row in share] == expected
+    assert [sum(map(len, step)) for step in steps] == [8, 3, 0]
+    assert all(max(map(len, step)) - min(map(len, step)) <= 1 for step in steps)
+    for stream in (whole, *ranks):
+        stream.close()
+
+
 def test_waits_for_units_and_counts_the_stall(tmp_path: Path, bytewise: str) -> None:
     cache = filled(tmp_path, bytewise)
     path = Path(cache.path) / counts_file(cache.plan.name)

@@ -145,6 +145,15 @@ def test_the_export_is_a_stock_model(calm: Path) -> None:
     assert type(model).__name__ == "Qwen3MoeForCausalLM" and loss < 0.9 * np.log(300)
 
 
+def test_a_router_that_no_stock_model_has_is_trained_to_the_end(place: Workplace) -> None:
+    run = place.run("pretrain_moe", "sigmoid", config(place, steps=2), "router.gate=sigmoid")
+    steps, told = steps_of(place, "sigmoid"), (place.folder / "sigmoid.log").read_text()
+    assert len(steps) == 2 and steps[-1]["validation_loss"] > 0
+    assert (run / "checkpoints" / "step_00000002" / "manifest.json").is_file() and (run / "ledger" / "finished.json").is_file()
+    assert (run / "report.html").is_file() and not any((run / "export").iterdir())
+    assert told.count("router.gate=sigmoid: stock Qwen3-MoE") == 2 and f"weights: {run}/checkpoints/step_00000002" in told
+
+
 @pytest.mark.parametrize(
     ("override", "told"),
     [
@@ -153,7 +162,7 @@ def test_the_export_is_a_stock_model(calm: Path) -> None:
         ("model.vocabulary=100", "model.vocabulary=100 is smaller than the tokenizer"),
         ("trainer={ranks: 2, zero_stage: 3, expert_parallel: 2}", "expert_parallel"),
         ("trainer={ranks: 2, expert_parallel: 3}", "expert_parallel"),
-        ("start=FOLDER/tokenizer", "is no Qwen3-MoE folder"),
+        ("start=FOLDER/tokenizer", "tokenizer has no config.json (give a Hugging Face folder of a Qwen3-MoE model)"),
         ("data.sources.books.path=FOLDER/gone.jsonl", "gone.jsonl does not exist"),
         ("optimiser.kind=lion", "optimiser.kind"),
     ],

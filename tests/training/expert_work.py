@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raysys.config.parallel import effective_stage
 from raysys.models.expert_parallel import summed
 from raysys.models.moe import MoeDecoder, MoeShape, next_token_loss
 from raysys.models.packing import Packing
@@ -137,7 +138,7 @@ def _engine(rank: int, ranks: int, port: int, expert_parallel: int, stage: int, 
     groups = split_groups([{"params": others, "name": "others"}, {"params": routers, "name": "routers"}])
     assert [group.get("label") for group in groups] == ["others", "others", "routers"][expert_parallel == 1 :]
     optimizer = torch.optim.AdamW(groups, lr=RATE, eps=EPSILON, weight_decay=0.1)
-    config = deep.settings(deep.effective_stage(stage, dtype), dtype, CLIP, sum(one.numel() for one in model.parameters()))
+    config = deep.settings(effective_stage(stage, dtype), dtype, CLIP, sum(one.numel() for one in model.parameters()))
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from raysys.config.pretraining import PretrainMoeConfig
+from raysys.pretraining_points import Storage
+from raysys.pretraining_work import Work, _validate
 from raysys.training.pretrain_spec import PretrainSpec, Sequences
 from raysys.training.pretrainer import Pretrainer
 
@@ -56,10 +59,10 @@ def shares(step: int, passes: int, rank: int, ranks: int, empty: bool = False) -
     return found
 
 
-def made(rank: int, ranks: int, port: int, of: PretrainMoeConfig) -> Pretrainer:
+def made(rank: int, ranks: int, port: int, of: PretrainMoeConfig, vocabulary: int = VOCABULARY, dtype: str = "float32") -> Pretrainer:
     where = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in where.items()}
-    return Pretrainer(PretrainSpec(of, VOCABULARY, None, "cpu", "float32"))
+    return Pretrainer(PretrainSpec(of, vocabulary, None, "cpu", dtype))
 
 
 def trained(
@@ -86,3 +89,36 @@ def trained(
     watched = pretrainer.routers() | {"validation": pretrainer.validate(shares(99, 2, rank, ranks, empty))}
     tensors = {name: tensor.double().numpy() for name, tensor in hub_tensors(pretrainer.model, pretrainer._opened)}
     return metrics, watched, tensors
+
+
+def gradients(rank: int, ranks: int, port: int, of: PretrainMoeConfig) -> tuple[float, int]:
+    """Bytes of gradients that a rank in bfloat16 holds between backward and step, buckets aside; and its parameters."""
+    pretrainer = made(rank, ranks, port, of, dtype="bfloat16")
+    held: list[int] = []
+
+    def measured() -> None:
+        optimizer, parameters = pretrainer.engine.optimizer, list(pretrainer.model.parameters())
+        flat = [*getattr(optimizer, "fp32_groups_gradients_flat", []), getattr(optimizer, "grad_partitions_flat_buffer", None)]
+        flat += [
+            group.flat_partition for group in getattr(optimizer, "averaged_gradients", {}).values() if hasattr(group, "flat_partition")
+        ]
+        held.append(sum(one.nbytes for one in [*flat, *(parameter.grad for parameter in parameters)] if one is not None))
+
+    step = pretrainer.engine.step
+    pretrainer.engine.step = lambda: (measured(), step())
+    pretrainer.step(shares(0, of.accumulation, rank, ranks))
+    return held[0], pretrainer.parameters
+
+
+def held_out(rank: int, ranks: int, port: int, of: PretrainMoeConfig, cache: str, plan: str) -> tuple[float, list[int]]:
+    """The held-out loss of first weights, as a run measures it, and the sequences of this rank's part of each pass."""
+    pretrainer, sizes = made(rank, ranks, port, of, vocabulary=300), []
+    forward = pretrainer.validate
+
+    def counted(passes: Sequence[Sequences]) -> float:
+        sizes.extend(len(part.ids) // SEQUENCE for part in passes)
+        return forward(passes)
+
+    pretrainer.validate = counted  # type: ignore[method-assign]
+    storage = Storage.of(Path(cache), None)
+    return _validate(pretrainer, Work(pretrainer.spec, Path(cache), "job", "none", cache, plan, storage)), sizes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from raysys.config.corpora import Corpus, Source
+from raysys.data.local_text import train_tokenizer
+from raysys.data.token_cache import TokenCache
+from raysys.data.tokenise import tokenise_all
+from raysys.plan import gradient_bytes
 from tests.training import pretraining
 from tests.training.ranks import Ranks
 
@@ -85,6 +91,41 @@ def test_experts_split_over_two_ranks_are_whole_ones(alone: Any, solo: Ranks, pa
     found = pair(pretraining.trained, of=of)
     alike(whole, found[0])
     assert found[0][0] == found[1][0]
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(0, "adamw"), (1, "adamw"), (2, "adamw"), (3, "adamw"), (2, "muonh")])
+def test_gradients_take_what_the_plan_says(pair: Ranks, stage: int, kind: str) -> None:
+    of = pretraining.config(trainer={"ranks": 2, "zero_stage": stage}, optimiser={"kind": kind})
+    for held, parameters in pair(pretraining.gradients, of=of):
+        planned = gradient_bytes(max(stage, 1), True, parameters, parameters / 2, False) - (8 * parameters if stage > 1 else 0)
+        assert held == pytest.approx(planned, rel=0.02), "but for what fills parts up to whole numbers"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> TokenCache:
+    folder = tmp_path_factory.mktemp("held out")
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"document {number} " * 9}) + "\n" for number in range(80)))
+    train_tokenizer([folder / "text.jsonl"], 300, folder / "tokenizer")
+    source = Source(path=str(folder / "text.jsonl"))
+    data = Corpus(sources={"a": source}, tokenizer=str(folder / "tokenizer"), sequence=pretraining.SEQUENCE, held_out_share=0.3)
+    cache = TokenCache(data, str(folder / "tokens"), 0, lambda work, units, tasks: (one for one in tokenise_all(work, units)))
+    cache.wait(60)
+    return cache
+
+
+def test_the_held_out_loss_is_of_as_many_sequences_as_asked_whatever_shares_them(solo: Ranks, pair: Ranks, cache: TokenCache) -> None:
+    def measured(ranks: Ranks, passes: list[list[int]], **values: Any) -> float:
+        of = pretraining.config(validation={"sequences": 7}, **values)
+        found = ranks(pretraining.held_out, of=of, cache=cache.path, plan=cache.plan.name)
+        assert [sizes for _, sizes in found] == passes and len({loss for loss, _ in found}) == 1
+        return found[0][0]
+
+    whole = measured(solo, [[2, 2, 2, 1]])
+    halves = [[1, 1, 1, 0], [1, 1, 1, 1]]
+    others = [measured(solo, [[7]], batch=512, accumulation=1), measured(solo, [[3, 3, 1]], batch=3, accumulation=1)]
+    others += [measured(pair, halves, trainer={"ranks": 2, "zero_stage": stage}) for stage in (1, 3)]
+    others.append(measured(pair, halves, trainer={"ranks": 2, "expert_parallel": 2}))
+    assert others == pytest.approx([whole] * len(others), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muonh"])
