@@ -230,10 +230,15 @@ def open_evaluator(
 
 
 def held_out(part: EvaluationPart, tokenizer: str, config: Any) -> Batch:
-    """The evaluation's prompts, each repeated `samples` times."""
+    """The evaluation's prompts, each repeated `samples` times. A row counts once: data with fewer rows than asked for give what they have."""
     stream = PromptStream(part.data, tokenizer, config.seed, config.max_prompt_tokens, config.max_response_tokens)
     domains = len(part.data.source.domains) if part.data.source else 1
-    return stream.take(part.rows * domains).repeat(part.samples)
+    taken = stream.take(part.rows * domains)
+    first = [row for row, name in enumerate(taken.strings("prompt_id")) if name.endswith("@0")]
+    if len(first) < len(taken):
+        log.info("evaluation.data has %d rows, %d were asked for (evaluation.rows): each is asked once", len(first), len(taken))
+        taken = taken.take(first)
+    return taken.repeat(part.samples)
 
 
 def make_model(config: SftConfig, folder: Path) -> str:

@@ -1,13 +1,17 @@
-"""How rooms start side by side."""
+"""How rooms start side by side, and what an evaluation asks."""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from raysys.assembly import start_all
+from raysys.assembly import held_out, start_all
+from raysys.config.runs import EvaluationPart, NewModel
 from raysys.errors import InfrastructureError
 
 
@@ -33,3 +37,22 @@ def test_all_have_started_when_it_returns() -> None:
     started: list[str] = []
     start_all(a=lambda: started.append("a"), b=lambda: (time.sleep(0.05), started.append("b")))
     assert sorted(started) == ["a", "b"]
+
+
+def test_an_evaluation_asks_each_row_once_however_many_are_wanted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from raysys.models.scratch import new_causal
+
+    new_causal(NewModel(hidden_size=32, layers=1, heads=1, kv_heads=1, ffn_size=32, context=64), tmp_path, 0)
+    add = {"task": "chain_sum", "params": {"min_terms": 2, "max_terms": 2}, "style": "scratchpad"}
+    config = SimpleNamespace(seed=0, max_prompt_tokens=32, max_response_tokens=32)
+
+    def asked(rows: int, size: int | None) -> list[str]:
+        part = EvaluationPart.parse({"rows": rows, "samples": 2, "data": {"source": {"domains": {"add": add}, "size": size}}})
+        return held_out(part, str(tmp_path), config).strings("prompt_id")
+
+    assert asked(3, 3) == asked(3, None) == [f"add:{row}@0" for row in (0, 0, 1, 1, 2, 2)]
+    caplog.set_level(logging.INFO)
+    assert asked(7, 3) == asked(3, None)
+    assert [record.message for record in caplog.records if "evaluation.rows" in record.message] == [
+        "evaluation.data has 3 rows, 7 were asked for (evaluation.rows): each is asked once"
+    ]

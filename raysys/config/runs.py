@@ -38,7 +38,8 @@ class EvaluationPart(Config):
 
     data: Data
     rows: PositiveInt = 256
-    """Rows a domain."""
+    """Rows a domain of `data.source`; of a file, whatever its domains, as many rows, or all if it has fewer. Which rows of a shuffled
+    file these are follows from `seed`."""
     samples: PositiveInt = 1
     """1 is greedy; more is avg@k at `temperature`."""
     temperature: float = Field(default=1.0, gt=0)
