@@ -187,6 +187,19 @@ def test_texts_with_odd_line_ends_survive_a_resume(tmp_path: Path) -> None:
     assert [record for _, record in read_json_lines(tmp_path / "samples.jsonl")] == [{"step": step, "text": text} for step in range(2)]
 
 
+def test_a_line_torn_inside_a_character_goes_like_any_other(tmp_path: Path) -> None:
+    from raysys.files import append_json, read_json_lines
+    from raysys.ledger import cut_lines
+
+    path = tmp_path / "episodes.jsonl"
+    append_json(path, {"step": 0, "text": "Zürich"})
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: whole.index("ü".encode()) + 1])
+    assert [record for _, record in read_json_lines(path)] == [{"step": 0, "text": "Zürich"}]
+    cut_lines(path, 1)
+    assert path.read_bytes() == whole
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     config = GopdConfig.load(None, KEYS)
     first = Ledger(tmp_path, config)
