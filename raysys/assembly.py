@@ -36,7 +36,7 @@ from raysys.scoring.group import ScorerGroup
 from raysys.scoring.verifiers import score
 from raysys.training.group import TrainerGroup
 from raysys.training.objectives import Objective
-from raysys.watching import Trains, Usage, scorer_ranks
+from raysys.watching import Trains, Usage, shares_its_gpus
 from raysys.weights.ipc import IpcReceiver
 from raysys.weights.nccl import NcclReceiver
 from raysys.weights.push import Pusher
@@ -281,13 +281,6 @@ def open_scorers(config: GopdConfig | HpdConfig, student: str, hardware: Hardwar
         host=host,
         share=SHARE if host else 1.0,
     )
-
-
-def shares_its_gpus(config: Trains) -> bool:
-    """Whether somebody lives beside each trainer rank: an engine, or a scorer."""
-    if isinstance(config, HpdConfig):
-        return scorer_ranks(config) > 0 and config.scoring.placement == "colocated"
-    return isinstance(config, GopdConfig) and config.colocate
 
 
 def temperature(config: Trains) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,26 @@ def test_a_line_that_cannot_be_written_is_one_clear_error(tmp_path: Path, name: 
     path.write_text(opened[0])
     again, _ = launch(tmp_path / "hit")
     assert len(kept) > len(opened[0]) and again.weight == calm.weight and records(tmp_path / "hit") == records(tmp_path / "calm")
+
+
+class Slow(NoEvaluation):
+    """An evaluator that takes its time before the first step."""
+
+    def due(self, step: int) -> bool:
+        return step == 0
+
+    def run(self, step: int) -> bool:
+        time.sleep(0.1)
+        return False
+
+
+def test_an_evaluation_before_the_first_step_is_timed_into_its_record(tmp_path: Path) -> None:
+    ledger, trainer = Ledger(tmp_path, GopdConfig.load(None, KEYS)), FakeTrainer()
+    parts = Parts(FakeSource(trainer), FakeScorers(), FakeObjective(), trainer, FakeWeights(), ledger, Slow(), FileMetrics(tmp_path))
+    train(parts, steps=2, batch=3)
+    first, second = (json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first["total"] >= first["evaluate"] >= 0.1 and "evaluate" not in second
+    ledger.close()
 
 
 class Stops(NoEvaluation):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from raysys import cli, watching
+from raysys.config.runs import GopdConfig, HpdConfig, SftConfig
 from raysys.errors import ConfigError
 from raysys.report.live import GAUGES, PHASES, actor_phases, gauges
 
@@ -98,3 +100,27 @@ def test_every_gauge_is_described_and_each_actor_is_in_one_phase() -> None:
         assert sum(values["raysys_actor_phase", (("actor", actor), ("phase", phase))] for phase in PHASES) == 1
     assert values["raysys_actor_tokens_per_second", (("actor", "rollout worker 0"),)] == 90.0
     assert values["raysys_groups", (("state", "generating"),)] == 6.0 and values["raysys_queue_bytes", ()] == 4096.0
+
+
+MODELS = {"student": "s", "teachers": {"default": "t"}, "data": {"path": "p.jsonl"}}
+
+
+def test_who_shares_a_device_is_counted_once() -> None:
+    pool: Any = SimpleNamespace(workers=[1, 2, 3, 4], busy_seconds=lambda: 240.0)
+    turns = {"colocate": True, "rollout": {"workers": 4}, "trainer": {"ranks": 4}, "price_per_device_hour": 36.0}
+    usage = watching.Usage(pool, GopdConfig.parse(MODELS | turns))
+    # four devices in turns, a fifth for the scorer
+    spent = usage.lap({"total": 100.0, "generate": 60.0, "score": 10.0, "train": 28.0, "push": 2.0})
+    wanted = {"generating": 240.0, "scoring": 10.0, "training": 112.0, "pushing": 8.0, "idle": 130.0}
+    assert spent == pytest.approx({f"device/{name}": value for name, value in wanted.items()})
+    assert usage.summary().startswith("device time: 500 s") and usage.summary().endswith("cost 5.00 at 36 an hour")
+    lodging = {"scoring": {"ranks": 2, "placement": "colocated"}, "trainer": {"ranks": 2}}
+    spent = watching.Usage(None, HpdConfig.parse(MODELS | lodging)).lap({"total": 10.0, "score": 4.0, "train": 5.0})
+    assert sum(spent.values()) == 20.0 and spent["device/scoring"] == 8.0
+
+
+def test_an_evaluations_engines_are_held_all_the_time() -> None:
+    pool: Any = SimpleNamespace(workers=[1, 2], busy_seconds=lambda: 5.0)
+    config = SftConfig.parse({"data": {"path": "p"}, "rollout": {"workers": 2, "tensor_parallel": 4}, "trainer": {"ranks": 2}})
+    spent = watching.Usage(pool, config).lap({"total": 100.0, "train": 90.0})
+    assert spent["device/generating"] == 20.0 and sum(spent.values()) == 1000.0
