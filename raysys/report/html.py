@@ -17,7 +17,6 @@ from raysys.report import charts, quantising, transcripts
 
 _SECRET = re.compile(r"(^|_)(secret|password|passwd|credential|credentials|api_key|access_key|auth_token|token)$", re.IGNORECASE)
 _USERINFO = re.compile(r"(\w+://)[^/@\s]+@")
-_SAMPLES = 5
 _SIDE_BY_SIDE = 4
 """Models that fit beside one another as columns."""
 
@@ -215,16 +214,17 @@ def _paired_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     """The first evaluation's examples beside the last one's, by prompt; a list of models shows each one's."""
     if not samples:
         return []
-    labels = list(dict.fromkeys(sample["label"] for sample in samples))
-    chosen = labels if len({sample["step"] for sample in samples}) == 1 else [labels[0], labels[-1]]
-    prompts = list(dict.fromkeys((sample["domain"], sample["prompt"]) for sample in samples if sample["label"] == chosen[0]))[:_SAMPLES]
-    found = {(sample["label"], sample["domain"], sample["prompt"]): sample for sample in samples}
+    steps = [sample["step"] for sample in samples]
+    ends = [sample for sample in samples if sample["step"] in (min(steps), max(steps))]  # a run that was extended has an "after" in between
+    chosen = list(dict.fromkeys(sample["label"] for sample in ends))
+    prompts = list(dict.fromkeys((sample["domain"], sample["prompt"]) for sample in ends if sample["label"] == chosen[0]))
+    found = {(sample["label"], sample["domain"], sample["prompt"]): sample for sample in ends}
     return [
         {
             "domain": domain,
             "prompt": prompt,
             "answer": found[chosen[0], domain, prompt]["answer"],
-            "responses": [found[label, domain, prompt] for label in dict.fromkeys(chosen) if (label, domain, prompt) in found],
+            "responses": [found[label, domain, prompt] for label in chosen if (label, domain, prompt) in found],
         }
         for domain, prompt in prompts
     ]
