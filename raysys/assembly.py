@@ -207,7 +207,7 @@ def open_evaluator(
         return NoEvaluation()
     prompts = held_out(part, tokenizer, config)
     sampling = Sampling(
-        temperature=part.temperature, top_p=1.0, max_tokens=config.max_response_tokens, seed=config.seed, greedy=part.samples == 1
+        temperature=part.temperature, top_p=part.top_p, max_tokens=config.max_response_tokens, seed=config.seed, greedy=part.samples == 1
     )
     decoder = Decoder(tokenizer)
     return Evaluator(
@@ -222,6 +222,7 @@ def open_evaluator(
         stop_at=getattr(config, "stop_at", None),
         export=None if trainer is None else trainer.export,
         before=before,
+        examples=getattr(config, "examples", 5),
         label=label,
         measure=measure,
         headline=headline,

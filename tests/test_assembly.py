@@ -7,11 +7,13 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from raysys import assembly
 from raysys.assembly import held_out, start_all
-from raysys.config.runs import EvaluationPart, NewModel
+from raysys.config.runs import EvaluateConfig, EvaluationPart, NewModel
 from raysys.errors import InfrastructureError
 
 
@@ -56,3 +58,17 @@ def test_an_evaluation_asks_each_row_once_however_many_are_wanted(tmp_path: Path
     assert [record.message for record in caplog.records if "evaluation.rows" in record.message] == [
         "evaluation.data has 3 rows, 7 were asked for (evaluation.rows): each is asked once"
     ]
+
+
+def test_an_evaluation_samples_and_shows_as_its_config_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    evaluation = {"data": {"path": "p"}, "samples": 4, "temperature": 0.6, "top_p": 0.95}
+    config = EvaluateConfig.parse({"models": {"a": "m"}, "evaluation": evaluation, "examples": 20})
+    pool: Any = SimpleNamespace(generate=lambda rows, sampling: asked.update(sampling=sampling))
+    monkeypatch.setattr(assembly, "held_out", lambda *_: None)
+    monkeypatch.setattr(assembly, "Decoder", lambda folder: SimpleNamespace(texts=None))
+    monkeypatch.setattr(assembly, "Evaluator", lambda **settings: asked.update(settings))
+    session: Any = SimpleNamespace(folder=tmp_path)
+    assembly.open_evaluator(config, session, pool, None, "tokenizer", before=None)
+    asked["generate"](None)
+    assert (asked["sampling"].temperature, asked["sampling"].top_p, asked["examples"]) == (0.6, 0.95, 20)

@@ -70,6 +70,7 @@ class Rollout(Config):
     """Engines. A range such as `1..8`: the run starts with the first number and takes more as the cluster has room or grows."""
     tensor_parallel: PositiveInt = placed(1)
     temperature: PositiveFloat = 1.0
+    """With `top_p`, of samples to train on or to keep; evaluations have their own."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_sequences: PositiveInt = placed(128)
     """Sequences an engine decodes at once."""
@@ -126,6 +127,17 @@ class Rollout(Config):
         return self
 
 
+    def check(self, evaluates: bool) -> None:
+        """Raises ValueError for what a job other than gopd does not read; `evaluates`: its engines serve evaluations only."""
+        if self.record or self.replay or self.generate_only:
+            raise ValueError("rollout.record, replay and generate_only are of jobs/gopd.py")
+        if evaluates and (self.temperature, self.top_p) != (1.0, 1.0):
+            raise ValueError(
+                "rollout.temperature and rollout.top_p are of samples to train on, which this job does not draw: "
+                "set evaluation.temperature and evaluation.top_p"
+            )
+
+
 class Scoring(Config):
     """Frozen teachers and references."""
 
@@ -168,6 +180,11 @@ class Trainer(Config):
     activation_checkpointing: bool = placed(False)
     offload_optimizer: bool = placed(False)
     threads: PositiveInt = 2
+
+    def check(self, rows: int) -> None:
+        """Raises ValueError for more mini-batches than a step has rows."""
+        if rows < self.mini_batches:
+            raise ValueError(f"trainer.mini_batches={self.mini_batches} exceeds the {rows} responses of a step")
 
 
 class Weights(Config):
