@@ -14,6 +14,7 @@ from raysys.job import Session
 from raysys.loop import Parts
 from raysys.report.live import FILE, actor_phases
 from raysys.rollout.pool import RolloutPool
+from raysys.rollout.recorded import Recorder
 from raysys.rollout.source import OnPolicySource
 from raysys.runtime import waits
 
@@ -40,7 +41,7 @@ def status(config: Trains, session: Session, parts: Parts, pool: RolloutPool | N
         "trainers": [f"trainer rank {rank}" for rank in range(config.trainer.ranks)],
         "scorers": [f"scorer {rank}" for rank in range(scorer_ranks(config))],
         "pool": pool.status() if pool is not None else {},
-        "source": source.status() if isinstance(source, OnPolicySource) else {},
+        "source": source.status() if isinstance(source, (OnPolicySource, Recorder)) else {},
     }
 
 

@@ -14,6 +14,8 @@ from raysys import cli, watching
 from raysys.config.runs import GopdConfig, HpdConfig, SftConfig
 from raysys.errors import ConfigError
 from raysys.report.live import GAUGES, PHASES, actor_phases, gauges
+from raysys.rollout.recorded import Recorder
+from tests.fakes import FakeSource, FakeTrainer
 
 STATUS: dict[str, Any] = {
     "pid": 7,
@@ -124,3 +126,12 @@ def test_an_evaluations_engines_are_held_all_the_time() -> None:
     config = SftConfig.parse({"data": {"path": "p"}, "rollout": {"workers": 2, "tensor_parallel": 4}, "trainer": {"ranks": 2}})
     spent = watching.Usage(pool, config).lap({"total": 100.0, "train": 90.0})
     assert spent["device/generating"] == 20.0 and sum(spent.values()) == 1000.0
+
+
+def test_a_recording_does_not_hide_the_queue(tmp_path: Path) -> None:
+    source = FakeSource(FakeTrainer())
+    source.take(3, 0)
+    session: Any = SimpleNamespace(folder=tmp_path, submission_id="", ledger=SimpleNamespace(committed=0))
+    parts: Any = SimpleNamespace(watch=SimpleNamespace(phase=""))
+    found = watching.status(GopdConfig.parse(MODELS), session, parts, None, Recorder(source, tmp_path / "kept"))
+    assert found["source"] == source.status() == {"groups": 3}
