@@ -143,7 +143,8 @@ class Ledger:
         return final
 
     def finish(self, step: int) -> None:
-        """Marks the run as done; starting it again prints its report and leaves."""
+        """Marks the run as done; starting it again prints its report and leaves. Jobs without steps leave `metrics.jsonl` empty."""
+        (self.run_dir / "metrics.jsonl").touch()
         asked = getattr(self._config, "steps", step)
         write_json(self.run_dir / "ledger" / "finished.json", {"step": step, "steps_asked": asked})
 
