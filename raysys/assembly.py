@@ -148,7 +148,7 @@ def open_trainer(config: Trains, student: str, objective: Objective, hardware: H
         model=student,
         objective=objective,
         learning_rate=config.learning_rate,
-        steps=config.steps,
+        steps=config.trainer.schedule_steps or config.steps,
         seed=config.seed,
         temperature=temperature(config),
         device=hardware.device,

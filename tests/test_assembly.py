@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 
 from raysys import assembly
 from raysys.assembly import held_out, start_all
+from raysys.config.agents import SearchAgentConfig
 from raysys.config.runs import EvaluateConfig, EvaluationPart, NewModel
 from raysys.errors import InfrastructureError
+from raysys.training.schedule import learning_rate
 
 
 def test_the_first_failure_is_told_at_once_whatever_the_others_do() -> None:
@@ -72,3 +75,17 @@ def test_an_evaluation_samples_and_shows_as_its_config_says(tmp_path: Path, monk
     assembly.open_evaluator(config, session, pool, None, "tokenizer", before=None)
     asked["generate"](None)
     assert (asked["sampling"].temperature, asked["sampling"].top_p, asked["examples"]) == (0.6, 0.95, 20)
+
+
+def test_a_learning_rate_may_end_behind_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(assembly, "TrainerGroup", lambda part, **settings: given.update(settings))
+    paper = Path(__file__).parents[1] / "jobs" / "configs" / "search_agent" / "paper.yaml"
+
+    def rates(*overrides: str) -> list[float]:
+        config = SearchAgentConfig.load(paper, overrides)
+        assembly.open_trainer(config, "s", None, assembly.Hardware("cpu", "float32"), tmp_path)  # type: ignore[arg-type]
+        return [learning_rate(5e-7, step, given["steps"], config.trainer.schedule, 0) for step in range(config.steps)]
+
+    assert rates() == pytest.approx([5e-7 * 0.5 * (1 + math.cos(math.pi * step / 410)) for step in range(205)])
+    assert rates("trainer.schedule_steps=null")[-1] < 1e-10 < 2.5e-7 < rates()[-1]

@@ -138,7 +138,7 @@ class SearchAgentConfig(Run):
         if self.evaluate_every is not None and self.evaluation is None:
             raise ValueError("evaluate_every is set but evaluation is not; give evaluation.data")
         self.rollout.check(evaluates=False)
-        self.trainer.check(self.batch * self.samples)
+        self.trainer.check(self.batch * self.samples, self.steps)
         if (self.search.url is None) == (self.search.corpus is None):
             raise ValueError("set search.url (of a service that runs) or search.corpus (a file to search in), one of them")
         self.weights.check(colocate=False)

@@ -173,6 +173,8 @@ class Trainer(Config):
     """Largest norm of the global gradient."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: NonNegativeInt = 0
+    schedule_steps: PositiveInt | None = None
+    """Where a falling learning rate ends, if that is behind the run's end. Null: at `steps`, which then is part of what is learned."""
     min_lr_rate: float = Field(default=0.0, ge=0, le=1)
     """What a falling learning rate falls to, as a share of its peak."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -181,10 +183,14 @@ class Trainer(Config):
     offload_optimizer: bool = placed(False)
     threads: PositiveInt = 2
 
-    def check(self, rows: int) -> None:
-        """Raises ValueError for more mini-batches than a step has rows."""
+    def check(self, rows: int, steps: int) -> None:
+        """Raises ValueError for more mini-batches than a step has rows, and for a schedule that ends before the run."""
         if rows < self.mini_batches:
             raise ValueError(f"trainer.mini_batches={self.mini_batches} exceeds the {rows} responses of a step")
+        if self.schedule_steps is not None and self.schedule == "constant":
+            raise ValueError(f"trainer.schedule_steps={self.schedule_steps} is of a learning rate that falls: set trainer.schedule")
+        if self.schedule_steps is not None and self.schedule_steps < steps:
+            raise ValueError(f"trainer.schedule_steps={self.schedule_steps} is below steps={steps}: raise it, or leave it out")
 
 
 class Weights(Config):

@@ -35,9 +35,10 @@ class Run(Config):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """See `Config.identity`. A falling learning rate makes the number of steps part of what is learned."""
+        """See `Config.identity`. A falling learning rate makes the number of steps part of what is learned, unless it ends elsewhere."""
         keys = super().identity()
-        if {keys.get(f"{part}.schedule", "constant") for part in ("trainer", "optimiser")} != {"constant"}:
+        falls = {keys.get(f"{part}.schedule", "constant") for part in ("trainer", "optimiser")} != {"constant"}
+        if falls and keys.get("trainer.schedule_steps") is None:
             keys["steps"] = getattr(self, "steps", None)
         return keys
 
@@ -119,7 +120,7 @@ class GopdConfig(Run):
         self.weights.check(self.colocate)
         if self.rollout.replay and self.evaluation is not None:
             raise ValueError("rollout.replay starts no engine, and evaluation needs one; set evaluation=null")
-        self.trainer.check(self.batch * self.samples)
+        self.trainer.check(self.batch * self.samples, self.steps)
         if self.evaluate_every is not None and self.evaluation is None:
             raise ValueError("evaluate_every is set but evaluation is not; give evaluation.data")
         return self
@@ -174,7 +175,7 @@ class OnData(Run):
         if self.stop_at and self.evaluate_every is None:
             raise ValueError("stop_at needs evaluate_every")
         self.rollout.check(evaluates=True)
-        self.trainer.check(self.batch)
+        self.trainer.check(self.batch, self.steps)
         self.weights.check(colocate=False)
         return self
 

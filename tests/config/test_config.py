@@ -53,6 +53,8 @@ def test_identity_ignores_placement_only() -> None:
     assert load("seed=1").fingerprint() != load().fingerprint()
     falling = [SftConfig.load(None, ["data.path=p", "trainer.schedule=cosine", f"steps={steps}"]) for steps in (3, 4)]
     assert falling[0].identity() != falling[1].identity()
+    keys = ["data.path=p", "trainer.schedule=cosine", "trainer.schedule_steps=9"]
+    assert SftConfig.load(None, [*keys, "steps=3"]).identity() == SftConfig.load(None, [*keys, "steps=4"]).identity()
 
 
 def test_yaml_round_trip_and_base_files(tmp_path: Path) -> None:
@@ -182,6 +184,16 @@ def test_more_mini_batches_than_rows_are_refused(kind: type[Run]) -> None:
     kind.load(None, [*keys, f"trainer.mini_batches={rows}"])
     with pytest.raises(ConfigError, match=rf"mini_batches={rows + 1} exceeds the {rows} responses of a step"):
         kind.load(None, [*keys, f"trainer.mini_batches={rows + 1}"])
+
+
+@pytest.mark.parametrize("kind", [SftConfig, HpdConfig, SearchAgentConfig, GopdConfig])
+def test_a_schedule_that_ends_before_the_run_is_refused(kind: type[Run]) -> None:
+    keys = [*KEYS[kind], "steps=9", "trainer.schedule=linear"]
+    kind.load(None, [*keys, "trainer.schedule_steps=9"])
+    with pytest.raises(ConfigError, match="schedule_steps=8 is below steps=9"):
+        kind.load(None, [*keys, "trainer.schedule_steps=8"])
+    with pytest.raises(ConfigError, match="is of a learning rate that falls"):
+        kind.load(None, [*KEYS[kind], "trainer.schedule_steps=1000"])
 
 
 ROOT = Path(__file__).parents[2]
