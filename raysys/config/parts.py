@@ -126,7 +126,6 @@ class Rollout(Config):
             raise ValueError("kv_cache=keep with prefix_caching=true would serve new prompts from old weights' cache; set one of them back")
         return self
 
-
     def check(self, evaluates: bool) -> None:
         """Raises ValueError for what a job other than gopd does not read; `evaluates`: its engines serve evaluations only."""
         if self.record or self.replay or self.generate_only:

@@ -196,6 +196,34 @@ def test_a_schedule_that_ends_before_the_run_is_refused(kind: type[Run]) -> None
         kind.load(None, [*KEYS[kind], "trainer.schedule_steps=1000"])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("steps", "12", "steps: Input should be a valid integer, not text, got '12'"),
+        ("steps", True, "steps: Input should be a valid integer, got True"),
+        ("seed", True, "seed: Input should be a valid integer, got True"),
+        ("learning_rate", "0.1", "learning_rate: Input should be a valid number, not text, got '0.1'"),
+        ("evaluate_every", True, "evaluate_every: Input should be a valid integer, got True"),
+        ("colocate", "no", "colocate: Input should be a valid boolean, not text, got 'no'"),
+        ("trainer", {"betas": [0.9, "0.95"]}, "trainer.betas: Input should be a valid number, not text"),
+        ("rollout", {"workers": True}, "rollout.workers: Input should be a valid integer, got True"),
+    ],
+)
+def test_text_and_truth_are_no_numbers(key: str, value: object, told: str) -> None:
+    values: dict[str, object] = {"student": "s", "teachers": {"default": "t"}, "data": {"path": "p"}, key: value}
+    with pytest.raises(ConfigError) as error:
+        GopdConfig.parse(values)
+    assert str(error.value).startswith(told) and "\n" not in str(error.value)
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("student: s\nteachers: {default: t}\ndata: {path: p}\nlearning_rate: 1e-6\n")
+    config = GopdConfig.load(tmp_path / "run.yaml", ["steps=12", "rollout.workers=1..3", "importance_cap=1e-06", "clip_low=0"])
+    assert (config.learning_rate, config.steps, config.rollout.workers, config.importance_cap) == (1e-6, 12, "1..3", 1e-6)
+    with pytest.raises(ConfigError, match="steps: Input should be a valid integer, got True"):
+        load("steps=true")
+
+
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(path for path in (ROOT / "jobs" / "configs").glob("*/*.yaml") if path.stem not in ("common", "served"))
 """Without those that others complete."""

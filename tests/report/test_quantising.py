@@ -9,7 +9,15 @@ from raysys.report import quantising
 from raysys.report.html import render_report
 
 MAP = {"bits": [4, 2, 2, 4], "allocation": "nsds", "scores": [3.0, 1.0, 0.5, 9.0], "series": {"up/nv": [0.1, 1.0, 100.0, 3.0]}}
-LINE = {"step": 0, "layer_bits": 4, "loss": 0.1, "error_before": 0.0, "error_after": 0.1, "weight_error/q_proj": 0.2, "seconds": {"quantise": 1.0, "total": 1.0}}
+LINE = {
+    "step": 0,
+    "layer_bits": 4,
+    "loss": 0.1,
+    "error_before": 0.0,
+    "error_after": 0.1,
+    "weight_error/q_proj": 0.2,
+    "seconds": {"quantise": 1.0, "total": 1.0},
+}
 
 
 def test_pictures_of_a_run() -> None:
