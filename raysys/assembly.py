@@ -231,7 +231,7 @@ def open_evaluator(
 
 
 def held_out(part: EvaluationPart, tokenizer: str, config: Any) -> Batch:
-    """The evaluation's prompts, each repeated `samples` times. A row counts once: data with fewer rows than asked for give what they have."""
+    """The evaluation's prompts, each repeated `samples` times. Data with fewer rows than asked for give what they have, once."""
     stream = PromptStream(part.data, tokenizer, config.seed, config.max_prompt_tokens, config.max_response_tokens)
     domains = len(part.data.source.domains) if part.data.source else 1
     taken = stream.take(part.rows * domains)

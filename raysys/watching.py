@@ -65,8 +65,7 @@ class Usage:
     def lap(self, seconds: dict[str, float]) -> dict[str, float]:
         """Of one step, from its phases: `device/generating`, scoring, training, pushing, idle."""
         config, pool = self._config, self._pool
-        apart = pool is not None and self._lodgers != "engines"
-        engines = max(1, len(pool.workers)) * config.rollout.tensor_parallel if apart else 0
+        engines = max(1, len(pool.workers)) * config.rollout.tensor_parallel if pool is not None and self._lodgers != "engines" else 0
         busy = pool.busy_seconds() if pool is not None else 0.0
         spent = {
             "generating": max(0.0, busy - self._busy) * config.rollout.tensor_parallel,

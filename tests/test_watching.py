@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from raysys import cli, watching
+from raysys import cli, watching, wiring
 from raysys.config.runs import GopdConfig, HpdConfig, SftConfig
 from raysys.errors import ConfigError
 from raysys.report.live import GAUGES, PHASES, actor_phases, gauges
@@ -121,10 +122,22 @@ def test_who_shares_a_device_is_counted_once() -> None:
     assert sum(spent.values()) == 20.0 and spent["device/scoring"] == 8.0
 
 
-def test_an_evaluations_engines_are_held_all_the_time() -> None:
-    pool: Any = SimpleNamespace(workers=[1, 2], busy_seconds=lambda: 5.0)
-    config = SftConfig.parse({"data": {"path": "p"}, "rollout": {"workers": 2, "tensor_parallel": 4}, "trainer": {"ranks": 2}})
-    spent = watching.Usage(pool, config).lap({"total": 100.0, "train": 90.0})
+def test_an_evaluations_engines_are_held_all_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = SimpleNamespace(workers=[1, 2], busy_seconds=lambda: 5.0, start=None)
+    usages: list[watching.Usage] = []
+    for name in ("open_evaluator", "resume", "Live", "finish", "tell_bad_rows"):
+        monkeypatch.setattr(wiring, name, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(wiring.Hardware, "choose", lambda *_: wiring.Hardware("cpu", "float32"))
+    monkeypatch.setattr(wiring, "open_trainer", lambda *_: nullcontext(SimpleNamespace(start=None)))
+    monkeypatch.setattr(wiring, "open_pool", lambda *_: nullcontext(pool))
+    monkeypatch.setattr(wiring, "open_pusher", lambda *_: SimpleNamespace(push=None))
+    monkeypatch.setattr(wiring, "_open_data", lambda *given: given[-1].append(None))
+    monkeypatch.setattr(wiring, "start_all", lambda data, **_: data())
+    monkeypatch.setattr(wiring, "open_metrics", lambda *given: usages.append(given[-1]))
+    engines = {"rollout": {"workers": 2, "tensor_parallel": 4}, "trainer": {"ranks": 2}, "evaluation": {"data": {"path": "q"}}}
+    session: Any = SimpleNamespace(folder=tmp_path, job="sft", ledger=None)
+    wiring.run_sft(SftConfig.parse({"student": "s", "data": {"path": "p"}} | engines), session)
+    spent = usages[0].lap({"total": 100.0, "train": 90.0})
     assert spent["device/generating"] == 20.0 and sum(spent.values()) == 1000.0
 
 

@@ -151,14 +151,14 @@ KEYS: dict[type[Run], list[str]] = {
 @pytest.mark.parametrize("kind", [SftConfig, HpdConfig, SearchAgentConfig, EvaluateConfig])
 def test_keys_that_a_job_does_not_read_are_refused(kind: type[Run]) -> None:
     for more in (["rollout.record=r"], ["rollout.replay=r"], ["rollout.record=r", "rollout.generate_only=true"]):
-        with pytest.raises(ConfigError, match="are of jobs/gopd.py"):
+        with pytest.raises(ConfigError, match=r"are of jobs/gopd\.py"):
             kind.load(None, [*KEYS[kind], *more])
     for key in ("temperature", "top_p"):
         override = [*KEYS[kind], f"rollout.{key}=0.5"]
         if kind is SearchAgentConfig:
             kind.load(None, override)
         else:
-            with pytest.raises(ConfigError, match="set evaluation.temperature and evaluation.top_p"):
+            with pytest.raises(ConfigError, match=r"set evaluation\.temperature and evaluation\.top_p"):
                 kind.load(None, override)
 
 
