@@ -214,8 +214,8 @@ def _paired_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     """The first evaluation's examples beside the last one's, by prompt; a list of models shows each one's."""
     if not samples:
         return []
-    steps = [sample["step"] for sample in samples]
-    ends = [sample for sample in samples if sample["step"] in (min(steps), max(steps))]  # a run that was extended has an "after" in between
+    steps = sorted(sample["step"] for sample in samples)
+    ends = [sample for sample in samples if sample["step"] in (steps[0], steps[-1])]  # a run that was extended has an "after" in between
     chosen = list(dict.fromkeys(sample["label"] for sample in ends))
     prompts = list(dict.fromkeys((sample["domain"], sample["prompt"]) for sample in ends if sample["label"] == chosen[0]))
     found = {(sample["label"], sample["domain"], sample["prompt"]): sample for sample in ends}
