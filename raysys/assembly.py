@@ -36,7 +36,7 @@ from raysys.scoring.group import ScorerGroup
 from raysys.scoring.verifiers import score
 from raysys.training.group import TrainerGroup
 from raysys.training.objectives import Objective
-from raysys.watching import Trains, Usage, scorer_ranks
+from raysys.watching import Trains, Usage, shares_its_gpus
 from raysys.weights.ipc import IpcReceiver
 from raysys.weights.nccl import NcclReceiver
 from raysys.weights.push import Pusher
@@ -148,7 +148,7 @@ def open_trainer(config: Trains, student: str, objective: Objective, hardware: H
         model=student,
         objective=objective,
         learning_rate=config.learning_rate,
-        steps=config.steps,
+        steps=config.trainer.schedule_steps or config.steps,
         seed=config.seed,
         temperature=temperature(config),
         device=hardware.device,
@@ -207,7 +207,7 @@ def open_evaluator(
         return NoEvaluation()
     prompts = held_out(part, tokenizer, config)
     sampling = Sampling(
-        temperature=part.temperature, top_p=1.0, max_tokens=config.max_response_tokens, seed=config.seed, greedy=part.samples == 1
+        temperature=part.temperature, top_p=part.top_p, max_tokens=config.max_response_tokens, seed=config.seed, greedy=part.samples == 1
     )
     decoder = Decoder(tokenizer)
     return Evaluator(
@@ -222,6 +222,7 @@ def open_evaluator(
         stop_at=getattr(config, "stop_at", None),
         export=None if trainer is None else trainer.export,
         before=before,
+        examples=getattr(config, "examples", 5),
         label=label,
         measure=measure,
         headline=headline,
@@ -230,10 +231,15 @@ def open_evaluator(
 
 
 def held_out(part: EvaluationPart, tokenizer: str, config: Any) -> Batch:
-    """The evaluation's prompts, each repeated `samples` times."""
+    """The evaluation's prompts, each repeated `samples` times. Data with fewer rows than asked for give what they have, once."""
     stream = PromptStream(part.data, tokenizer, config.seed, config.max_prompt_tokens, config.max_response_tokens)
     domains = len(part.data.source.domains) if part.data.source else 1
-    return stream.take(part.rows * domains).repeat(part.samples)
+    taken = stream.take(part.rows * domains)
+    first = [row for row, name in enumerate(taken.strings("prompt_id")) if name.endswith("@0")]
+    if len(first) < len(taken):
+        log.info("evaluation.data has %d rows, %d were asked for (evaluation.rows): each is asked once", len(first), len(taken))
+        taken = taken.take(first)
+    return taken.repeat(part.samples)
 
 
 def make_model(config: SftConfig, folder: Path) -> str:
@@ -276,13 +282,6 @@ def open_scorers(config: GopdConfig | HpdConfig, student: str, hardware: Hardwar
         host=host,
         share=SHARE if host else 1.0,
     )
-
-
-def shares_its_gpus(config: Trains) -> bool:
-    """Whether somebody lives beside each trainer rank: an engine, or a scorer."""
-    if isinstance(config, HpdConfig):
-        return scorer_ranks(config) > 0 and config.scoring.placement == "colocated"
-    return isinstance(config, GopdConfig) and config.colocate
 
 
 def temperature(config: Trains) -> float:

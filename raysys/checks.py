@@ -70,6 +70,8 @@ def check_sft(config: SftConfig) -> None:
     if student is None and words is not None and not Path(words).is_file():
         raise ConfigError(f"new_model.words={words} does not exist", "jobs/questions.py writes a words.json")
     _check_data(config.data, student, config.max_prompt_tokens, config.max_response_tokens, None, supervised=True)
+    if config.evaluation is not None:
+        _check_data(config.evaluation.data, student, config.max_prompt_tokens, config.max_response_tokens, None)
 
 
 def check_hpd(config: HpdConfig) -> None:

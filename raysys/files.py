@@ -31,10 +31,11 @@ def read_json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(line, record) of each line that is whole; [] without the file. A kill may have torn the last one."""
     found = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").split("\n"):  # `splitlines` would cut inside texts at U+2028 and its like
+        for raw in path.read_bytes().split(b"\n"):  # `splitlines` of a text would cut inside it at U+2028 and its like
             try:
+                line = raw.decode("utf-8")  # one by one: a torn line may end inside a character
                 found.append((line, json.loads(line)))
-            except json.JSONDecodeError:
+            except ValueError:
                 continue
     return found
 

@@ -117,6 +117,8 @@ def _run(job: str, config: Kind, work: Callable[[Kind, Session], None]) -> int:
     ledger = Ledger(folder, config, getattr(config, "keep_checkpoints", 1), stored)
     try:
         if ledger.finished:
+            if not (folder / "report.html").is_file():
+                report(folder)  # killed between its mark and its page
             log.info("%s is finished already; report: %s", folder, folder / "report.html")
             return 0
         started = time.time()

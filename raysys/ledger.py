@@ -22,7 +22,7 @@ import yaml
 
 from raysys.config.base import Config
 from raysys.errors import CheckpointError, ConfigError
-from raysys.files import append_json, read_json_lines, sync, write_atomically, write_json
+from raysys.files import append_json, read_json_lines, sync, write_atomically, write_json, writing
 
 if TYPE_CHECKING:
     from raysys.batch import Batch
@@ -143,7 +143,10 @@ class Ledger:
         return final
 
     def finish(self, step: int) -> None:
-        """Marks the run as done; starting it again prints its report and leaves."""
+        """Marks the run as done; starting it again prints its report and leaves. Jobs without steps leave `metrics.jsonl` empty."""
+        metrics = self.run_dir / "metrics.jsonl"
+        with writing(metrics):
+            metrics.touch()
         asked = getattr(self._config, "steps", step)
         write_json(self.run_dir / "ledger" / "finished.json", {"step": step, "steps_asked": asked})
 

@@ -75,15 +75,17 @@ class Parts:
 def train(parts: Parts, *, steps: int, batch: int, max_age: int = 0, checkpoint_every: int = 10) -> int:
     """Runs from the ledger's step to `steps`; returns the step it ended at (earlier if the evaluator said stop).
 
-    Every step is recorded in `metrics.jsonl`, seconds by phase included; what a step does after its record (evaluation,
-    checkpoint) is timed into the next one's.
+    Every step is recorded in `metrics.jsonl`, seconds by phase included; what comes between two records (evaluation,
+    checkpoint) is timed into the later one, an evaluation before the first step into its.
     """
     source, ledger, trainer = parts.source, parts.ledger, parts.trainer
-    # Before the first step, and after a resume: a step on record is not evaluated again, but may say that the run was to stop there.
-    if parts.evaluator.due(ledger.step) and parts.evaluator.run(ledger.step):
-        return ledger.step
     watch = parts.watch
     watch.lap()
+    # Before the first step, and after a resume: a step on record is not evaluated again, but may say that the run was to stop there.
+    if parts.evaluator.due(ledger.step):
+        with watch("evaluate"):
+            if parts.evaluator.run(ledger.step):
+                return ledger.step
     for step in range(ledger.step, steps):
         with watch("generate"):
             samples = source.take(batch, max_age)

@@ -186,7 +186,7 @@ def _shown(config: PretrainMoeConfig, session: Session, cache: TokenCache) -> It
             "phase": "train" if follower.step > session.ledger.step else "start",
             "waits": waits(),
             "data": cache.progress(),
-            "trainers": [f"trainer rank {rank}" for rank in range(config.trainer.most)],
+            "trainers": [f"trainer rank {rank}" for rank in range(follower.ranks or config.trainer.fewest)],
         }
 
     try:
@@ -201,6 +201,8 @@ class _Follower:
 
     def __init__(self, path: Path, progress: Progress, step: int):
         self._path, self._progress, self._place, self.step = path, progress, 0, step
+        self.ranks = 0
+        """That made the newest step; 0: there is none yet."""
 
     def read(self) -> None:
         """What has come since the last call."""
@@ -212,6 +214,7 @@ class _Follower:
                 whole = file.read().rpartition(b"\n")[0]
             for line in whole.splitlines():
                 record = json.loads(line)
+                self.ranks = record.get("ranks", 0)
                 if record["step"] >= self.step:
                     self.step = record["step"] + 1
                     self._progress.show(record)

@@ -239,6 +239,7 @@ def _layers(config: QuantizeConfig, session: Session, bits: Sequence[int], ask: 
             record = ask("layer", "deadlines.train", config.deadlines.train, i) if fresh else done[i]
             seconds = record.get("seconds", time.monotonic() - began)
             line = {"step": i, "version": 0, "layer_bits": bits[i]} | {key: value for key, value in record.items() if key != "seconds"}
+            line["loss"] = record.get("error_after", record.get("weight_error"))
             line["seconds"] = {"quantise": seconds, "total": seconds}
             metrics.write(line)
             progress["step"] = i + 1

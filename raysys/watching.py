@@ -14,6 +14,7 @@ from raysys.job import Session
 from raysys.loop import Parts
 from raysys.report.live import FILE, actor_phases
 from raysys.rollout.pool import RolloutPool
+from raysys.rollout.recorded import Recorder
 from raysys.rollout.source import OnPolicySource
 from raysys.runtime import waits
 
@@ -40,22 +41,31 @@ def status(config: Trains, session: Session, parts: Parts, pool: RolloutPool | N
         "trainers": [f"trainer rank {rank}" for rank in range(config.trainer.ranks)],
         "scorers": [f"scorer {rank}" for rank in range(scorer_ranks(config))],
         "pool": pool.status() if pool is not None else {},
-        "source": source.status() if isinstance(source, OnPolicySource) else {},
+        "source": source.status() if isinstance(source, (OnPolicySource, Recorder)) else {},
     }
 
 
+def shares_its_gpus(config: Trains) -> bool:
+    """Whether somebody lives beside each trainer rank: an engine, or a scorer."""
+    if isinstance(config, HpdConfig):
+        return scorer_ranks(config) > 0 and config.scoring.placement == "colocated"
+    return isinstance(config, GopdConfig) and config.colocate
+
+
 class Usage:
-    """Device-seconds by what they went into. A device is a GPU, or on CPU what an actor stands for: an engine, a scorer, a trainer rank."""
+    """Device-seconds by what they went into. A device is a GPU, or on CPU what an actor stands for: an engine, a scorer, a trainer rank.
+    Who lives on the trainer's devices takes none of its own."""
 
     def __init__(self, pool: RolloutPool | None, config: Trains):
         self._scorers = scorer_ranks(config)
+        self._lodgers = "" if not shares_its_gpus(config) else "scorers" if isinstance(config, HpdConfig) else "engines"
         self._pool, self._config, self._busy = pool, config, 0.0
         self.total: dict[str, float] = {}
 
     def lap(self, seconds: dict[str, float]) -> dict[str, float]:
         """Of one step, from its phases: `device/generating`, scoring, training, pushing, idle."""
         config, pool = self._config, self._pool
-        engines = max(1, len(pool.workers)) * config.rollout.tensor_parallel if pool is not None else 0
+        engines = max(1, len(pool.workers)) * config.rollout.tensor_parallel if pool is not None and self._lodgers != "engines" else 0
         busy = pool.busy_seconds() if pool is not None else 0.0
         spent = {
             "generating": max(0.0, busy - self._busy) * config.rollout.tensor_parallel,
@@ -64,7 +74,7 @@ class Usage:
             "pushing": seconds.get("push", 0.0) * (config.trainer.ranks + engines),
         }
         self._busy = busy
-        devices = engines + self._scorers + config.trainer.ranks
+        devices = engines + (self._scorers if self._lodgers != "scorers" else 0) + config.trainer.ranks
         spent["idle"] = max(0.0, seconds["total"] * devices - sum(spent.values()))
         for name, value in spent.items():
             self.total[name] = self.total.get(name, 0.0) + value

@@ -24,7 +24,6 @@ from raysys.assembly import (
     open_scorers,
     open_trainer,
     resume,
-    shares_its_gpus,
     start_all,
     tell_bad_rows,
 )
@@ -69,7 +68,7 @@ from raysys.training.calibrated import CalibAdvObjective
 from raysys.training.hybrid import HpdObjective
 from raysys.training.objectives import GopdObjective, Objective, SftObjective
 from raysys.training.stored import StoredModels
-from raysys.watching import Usage, scorer_ranks, status
+from raysys.watching import Usage, scorer_ranks, shares_its_gpus, status
 from raysys.weights.push import Pusher
 
 log = logging.getLogger("raysys")
@@ -235,7 +234,7 @@ def _on_data(config: SftConfig | HpdConfig, session: Session, student: str, obje
         evaluator: Evaluates = NoEvaluation()
         if pool is not None:
             evaluator = open_evaluator(config, session, pool, trainer, student, before=open_pusher(config, trainer, pool, student).push)
-        usage = Usage(None, config)
+        usage = Usage(pool, config)
         metrics = Doubts(open_metrics(config, session, stack, usage))
         parts = Parts(source, scorers, objective, trainer, NoPush(), session.ledger, evaluator, metrics)
         stack.enter_context(Live(session.folder, session.job, lambda: status(config, session, parts, pool, source)))

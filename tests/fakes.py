@@ -49,6 +49,9 @@ class FakeSource:
     def restore(self, state: dict[str, Any], backlog: Batch | None = None, version: int = 0) -> None:
         self.position = state["position"]
 
+    def status(self) -> dict[str, Any]:
+        return {"groups": self.position}
+
 
 class FakeTrainer:
     """One float64 weight that every batch moves; saving is a JSON file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,26 @@ def test_a_line_that_cannot_be_written_is_one_clear_error(tmp_path: Path, name: 
     assert len(kept) > len(opened[0]) and again.weight == calm.weight and records(tmp_path / "hit") == records(tmp_path / "calm")
 
 
+class Slow(NoEvaluation):
+    """An evaluator that takes its time before the first step."""
+
+    def due(self, step: int) -> bool:
+        return step == 0
+
+    def run(self, step: int) -> bool:
+        time.sleep(0.1)
+        return False
+
+
+def test_an_evaluation_before_the_first_step_is_timed_into_its_record(tmp_path: Path) -> None:
+    ledger, trainer = Ledger(tmp_path, GopdConfig.load(None, KEYS)), FakeTrainer()
+    parts = Parts(FakeSource(trainer), FakeScorers(), FakeObjective(), trainer, FakeWeights(), ledger, Slow(), FileMetrics(tmp_path))
+    train(parts, steps=2, batch=3)
+    first, second = (json.loads(line)["seconds"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first["total"] >= first["evaluate"] >= 0.1 and "evaluate" not in second
+    ledger.close()
+
+
 class Stops(NoEvaluation):
     """An evaluator that says stop at one step, also when it is asked again."""
 
@@ -185,6 +206,19 @@ def test_texts_with_odd_line_ends_survive_a_resume(tmp_path: Path) -> None:
     (tmp_path / "samples.jsonl").open("a").write('{"step": 3, "te')
     cut_lines(tmp_path / "samples.jsonl", 1)
     assert [record for _, record in read_json_lines(tmp_path / "samples.jsonl")] == [{"step": step, "text": text} for step in range(2)]
+
+
+def test_a_line_torn_inside_a_character_goes_like_any_other(tmp_path: Path) -> None:
+    from raysys.files import append_json, read_json_lines
+    from raysys.ledger import cut_lines
+
+    path = tmp_path / "episodes.jsonl"
+    append_json(path, {"step": 0, "text": "Zürich"})
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: whole.index("ü".encode()) + 1])
+    assert [record for _, record in read_json_lines(path)] == [{"step": 0, "text": "Zürich"}]
+    cut_lines(path, 1)
+    assert path.read_bytes() == whole
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:

@@ -8,14 +8,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.fs as filesystems
 import pytest
 
-from raysys import pretraining_points
+from raysys import pretraining, pretraining_points
 from raysys.config.pretraining import PretrainMoeConfig
 from raysys.errors import CheckpointError, ConfigError, DeadlineError, InfrastructureError
+from raysys.files import append_json
 from raysys.ledger import Ledger
 from raysys.pretraining import _told
 from raysys.pretraining_points import Carrier, Storage, scratch, sweep, tell
@@ -193,3 +195,25 @@ def test_what_killed_ranks_left_on_a_disk_is_swept(tmp_path: Path) -> None:
     assert not left.exists() and mine.is_dir() and other.is_dir()
     with pytest.raises(CheckpointError, match=r"set trainer\.scratch"):
         scratch(str(tmp_path / "none"))
+
+
+def test_the_status_names_the_ranks_that_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Shows:
+        def __init__(self, folder: Path, job: str, status: Any):
+            asked.append(status)
+
+        def __enter__(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(pretraining, "Live", Shows)
+    session: Any = SimpleNamespace(folder=tmp_path, job="pretrain_moe", submission_id="", ledger=SimpleNamespace(step=0))
+    cache: Any = SimpleNamespace(trained=lambda rows: None, progress=dict)
+    elastic = config(batch=8, trainer={"ranks": "1..4"})
+    with pretraining._shown(elastic, session, cache):
+        (status,) = asked
+        assert status()["trainers"] == ["trainer rank 0"]
+        for step, ranks in enumerate((3, 2)):
+            append_json(tmp_path / "metrics.jsonl", {"step": step, "ranks": ranks})
+            assert status()["trainers"] == [f"trainer rank {rank}" for rank in range(ranks)]

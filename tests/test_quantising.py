@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from raysys import pipeline
+from raysys import pipeline, quantising
 from raysys.compression.calibration import token_windows
 from raysys.compression.shards import Checkpoint
 from raysys.config.quantising import QuantizeConfig
@@ -128,3 +129,11 @@ def test_stages_that_quantise_share_a_table_with_what_evaluates_them(model: Path
         "full precision": 6.0, "rtn": 9.0, "rtn, with its correction": 8.0, "gptq": 7.5, "gptq, with its correction": 6.5,
     }  # fmt: skip
     assert pipeline.table(found).splitlines()[0].split() == ["perplexity"]
+
+
+@pytest.mark.parametrize(("told", "loss"), [({"error_after": 0.2, "weight_error": 0.1}, 0.2), ({"weight_error": 0.1}, 0.1)])
+def test_the_loss_of_a_layer_is_its_error(model: Path, tmp_path: Path, told: dict[str, float], loss: float) -> None:
+    answers = {"records": [], "layer": told}
+    session: Any = SimpleNamespace(folder=tmp_path, job="quantize", ledger=SimpleNamespace(step=0, committed=0))
+    quantising._layers(config(model), session, [4, 2], lambda method, *_: answers[method], {})
+    assert [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [loss, loss]

@@ -14,8 +14,10 @@ import psutil
 import pytest
 
 from raysys import job, supervise
+from raysys.config.pretraining import LocalTextConfig
 from raysys.config.runs import SftConfig
 from raysys.errors import InfrastructureError
+from raysys.ledger import Ledger
 
 CHILD = """
 import os, signal, sys, time
@@ -158,3 +160,14 @@ def test_a_ray_that_does_not_answer_a_later_attempt_is_tried_again(attempt: str,
     monkeypatch.setattr(job.logging, "basicConfig", lambda **how: None)
     monkeypatch.setenv(supervise.ATTEMPT, attempt)
     assert job.main("sft", SftConfig, ["--check"]) == code
+
+
+def test_a_run_that_was_killed_before_its_page_gets_it_when_it_is_started_again(tmp_path: Path) -> None:
+    config = LocalTextConfig.parse({"run_dir": str(tmp_path / "run")})
+    ledger = Ledger(tmp_path / "run", config)
+    ledger.finish(0)
+    ledger.close()
+    for _ in range(2):
+        assert job._run("local_text", config, lambda *_: pytest.fail("it is done")) == 0
+        assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "", "also of a job without steps"

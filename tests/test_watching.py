@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from raysys import cli, watching
+from raysys import cli, watching, wiring
+from raysys.config.runs import GopdConfig, HpdConfig, SftConfig
 from raysys.errors import ConfigError
 from raysys.report.live import GAUGES, PHASES, actor_phases, gauges
+from raysys.rollout.recorded import Recorder
+from tests.fakes import FakeSource, FakeTrainer
 
 STATUS: dict[str, Any] = {
     "pid": 7,
@@ -98,3 +103,48 @@ def test_every_gauge_is_described_and_each_actor_is_in_one_phase() -> None:
         assert sum(values["raysys_actor_phase", (("actor", actor), ("phase", phase))] for phase in PHASES) == 1
     assert values["raysys_actor_tokens_per_second", (("actor", "rollout worker 0"),)] == 90.0
     assert values["raysys_groups", (("state", "generating"),)] == 6.0 and values["raysys_queue_bytes", ()] == 4096.0
+
+
+MODELS = {"student": "s", "teachers": {"default": "t"}, "data": {"path": "p.jsonl"}}
+
+
+def test_who_shares_a_device_is_counted_once() -> None:
+    pool: Any = SimpleNamespace(workers=[1, 2, 3, 4], busy_seconds=lambda: 240.0)
+    turns = {"colocate": True, "rollout": {"workers": 4}, "trainer": {"ranks": 4}, "price_per_device_hour": 36.0}
+    usage = watching.Usage(pool, GopdConfig.parse(MODELS | turns))
+    # four devices in turns, a fifth for the scorer
+    spent = usage.lap({"total": 100.0, "generate": 60.0, "score": 10.0, "train": 28.0, "push": 2.0})
+    wanted = {"generating": 240.0, "scoring": 10.0, "training": 112.0, "pushing": 8.0, "idle": 130.0}
+    assert spent == pytest.approx({f"device/{name}": value for name, value in wanted.items()})
+    assert usage.summary().startswith("device time: 500 s") and usage.summary().endswith("cost 5.00 at 36 an hour")
+    lodging = {"scoring": {"ranks": 2, "placement": "colocated"}, "trainer": {"ranks": 2}}
+    spent = watching.Usage(None, HpdConfig.parse(MODELS | lodging)).lap({"total": 10.0, "score": 4.0, "train": 5.0})
+    assert sum(spent.values()) == 20.0 and spent["device/scoring"] == 8.0
+
+
+def test_an_evaluations_engines_are_held_all_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = SimpleNamespace(workers=[1, 2], busy_seconds=lambda: 5.0, start=None)
+    usages: list[watching.Usage] = []
+    for name in ("open_evaluator", "resume", "Live", "finish", "tell_bad_rows"):
+        monkeypatch.setattr(wiring, name, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(wiring.Hardware, "choose", lambda *_: wiring.Hardware("cpu", "float32"))
+    monkeypatch.setattr(wiring, "open_trainer", lambda *_: nullcontext(SimpleNamespace(start=None)))
+    monkeypatch.setattr(wiring, "open_pool", lambda *_: nullcontext(pool))
+    monkeypatch.setattr(wiring, "open_pusher", lambda *_: SimpleNamespace(push=None))
+    monkeypatch.setattr(wiring, "_open_data", lambda *given: given[-1].append(None))
+    monkeypatch.setattr(wiring, "start_all", lambda data, **_: data())
+    monkeypatch.setattr(wiring, "open_metrics", lambda *given: usages.append(given[-1]))
+    engines = {"rollout": {"workers": 2, "tensor_parallel": 4}, "trainer": {"ranks": 2}, "evaluation": {"data": {"path": "q"}}}
+    session: Any = SimpleNamespace(folder=tmp_path, job="sft", ledger=None)
+    wiring.run_sft(SftConfig.parse({"student": "s", "data": {"path": "p"}} | engines), session)
+    spent = usages[0].lap({"total": 100.0, "train": 90.0})
+    assert spent["device/generating"] == 20.0 and sum(spent.values()) == 1000.0
+
+
+def test_a_recording_does_not_hide_the_queue(tmp_path: Path) -> None:
+    source = FakeSource(FakeTrainer())
+    source.take(3, 0)
+    session: Any = SimpleNamespace(folder=tmp_path, submission_id="", ledger=SimpleNamespace(committed=0))
+    parts: Any = SimpleNamespace(watch=SimpleNamespace(phase=""))
+    found = watching.status(GopdConfig.parse(MODELS), session, parts, None, Recorder(source, tmp_path / "kept"))
+    assert found["source"] == source.status() == {"groups": 3}

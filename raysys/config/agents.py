@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -79,8 +79,16 @@ class QuestionsConfig(Run):
         return self
 
 
+class SearchRollout(Rollout):
+    """Rollouts of episodes: each turn begins with all that was said before."""
+
+    prefix_caching: bool = placed(True)
+
+
 class SearchAgentConfig(Run):
     """`jobs/search_agent.py`: GRPO on multi-turn search, with calibrated advantages. Paper: arXiv 2604.18235."""
+
+    knows_its_devices: ClassVar[bool] = True
 
     student: str
     """Hugging Face folder or id."""
@@ -117,7 +125,7 @@ class SearchAgentConfig(Run):
     clip_low: float = Field(default=0.2, ge=0)
     clip_high: float = Field(default=0.2, ge=0)
     importance_cap: PositiveFloat = 5.0
-    rollout: Rollout = Rollout(prefix_caching=True)
+    rollout: SearchRollout = SearchRollout()
     trainer: Trainer = Trainer()
     weights: Weights = Weights()
     evaluation: EvaluationPart | None = None
@@ -129,8 +137,8 @@ class SearchAgentConfig(Run):
     def _consistent(self) -> Self:
         if self.evaluate_every is not None and self.evaluation is None:
             raise ValueError("evaluate_every is set but evaluation is not; give evaluation.data")
-        if self.rollout.record or self.rollout.replay or self.rollout.generate_only:
-            raise ValueError("rollout.record, replay and generate_only are of jobs/gopd.py")
+        self.rollout.check(evaluates=False)
+        self.trainer.check(self.batch * self.samples, self.steps)
         if (self.search.url is None) == (self.search.corpus is None):
             raise ValueError("set search.url (of a service that runs) or search.corpus (a file to search in), one of them")
         self.weights.check(colocate=False)

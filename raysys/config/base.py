@@ -9,16 +9,19 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from raysys.errors import ConfigError
 
 _EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", re.ASCII)
+"""What YAML 1.1 reads as text and people mean as a number: 1e-3."""
 
 
 def placed(default: Any = ..., **kwargs: Any) -> Any:
@@ -27,9 +30,16 @@ def placed(default: Any = ..., **kwargs: Any) -> Any:
 
 
 class Config(BaseModel):
-    """Base of every config: immutable, unknown keys refused, no silent conversion of text to numbers."""
+    """Base of every config: immutable, unknown keys refused, no silent conversion of text or true and false to numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic alone would take true for 1, "12" for 12 and "no" for false."""
+        _check_kind(value, cls.model_fields[info.field_name or ""].annotation)
+        return value
 
     @classmethod
     def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Self:
@@ -116,6 +126,35 @@ def parent_of(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
 def _scalar(text: str) -> Any:
     # YAML 1.1 reads 1e-3 as text; people mean a number, unless they quote it.
     return float(text) if _EXPONENT.fullmatch(text.strip()) else yaml.safe_load(text)
+
+
+def _check_kind(value: Any, annotation: Any) -> None:
+    """Raises ValueError for text where a number or true and false are wanted, and for those where a number is; in lists and maps too."""
+    kinds = set(_kinds(annotation))
+    plain = kinds & {int, float, bool}
+    wanted = "integer" if int in plain else "number" if float in plain else "boolean"
+    if isinstance(value, bool) and plain and bool not in plain:
+        raise ValueError(f"Input should be a valid {wanted}")
+    if isinstance(value, str) and plain and str not in kinds and not (float in plain and _EXPONENT.fullmatch(value)):
+        raise ValueError(f"Input should be a valid {wanted}, not text")
+    if isinstance(value, (list, tuple, dict)):
+        for parts in (typing.get_args(kind) for kind in kinds if typing.get_origin(kind) in (list, tuple, dict)):
+            for part in value.values() if isinstance(value, dict) else value:
+                _check_kind(part, parts[-1])
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types that a field takes, without their bounds."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        yield from _kinds(parts[0])
+    elif origin in (typing.Union, types.UnionType):
+        for part in parts:
+            yield from _kinds(part)
+    elif origin is typing.Literal:
+        yield from map(type, parts)
+    else:
+        yield annotation
 
 
 def _explain(cls: type[BaseModel], issue: Any) -> str:

@@ -70,6 +70,7 @@ class Rollout(Config):
     """Engines. A range such as `1..8`: the run starts with the first number and takes more as the cluster has room or grows."""
     tensor_parallel: PositiveInt = placed(1)
     temperature: PositiveFloat = 1.0
+    """With `top_p`, of samples to train on or to keep; evaluations have their own."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_sequences: PositiveInt = placed(128)
     """Sequences an engine decodes at once."""
@@ -125,6 +126,16 @@ class Rollout(Config):
             raise ValueError("kv_cache=keep with prefix_caching=true would serve new prompts from old weights' cache; set one of them back")
         return self
 
+    def check(self, evaluates: bool) -> None:
+        """Raises ValueError for what a job other than gopd does not read; `evaluates`: its engines serve evaluations only."""
+        if self.record or self.replay or self.generate_only:
+            raise ValueError("rollout.record, replay and generate_only are of jobs/gopd.py")
+        if evaluates and (self.temperature, self.top_p) != (1.0, 1.0):
+            raise ValueError(
+                "rollout.temperature and rollout.top_p are of samples to train on, which this job does not draw: "
+                "set evaluation.temperature and evaluation.top_p"
+            )
+
 
 class Scoring(Config):
     """Frozen teachers and references."""
@@ -161,6 +172,8 @@ class Trainer(Config):
     """Largest norm of the global gradient."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: NonNegativeInt = 0
+    schedule_steps: PositiveInt | None = None
+    """Where a falling learning rate ends, if that is behind the run's end. Null: at `steps`, which then is part of what is learned."""
     min_lr_rate: float = Field(default=0.0, ge=0, le=1)
     """What a falling learning rate falls to, as a share of its peak."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -168,6 +181,15 @@ class Trainer(Config):
     activation_checkpointing: bool = placed(False)
     offload_optimizer: bool = placed(False)
     threads: PositiveInt = 2
+
+    def check(self, rows: int, steps: int) -> None:
+        """Raises ValueError for more mini-batches than a step has rows, and for a schedule that ends before the run."""
+        if rows < self.mini_batches:
+            raise ValueError(f"trainer.mini_batches={self.mini_batches} exceeds the {rows} responses of a step")
+        if self.schedule_steps is not None and self.schedule == "constant":
+            raise ValueError(f"trainer.schedule_steps={self.schedule_steps} is of a learning rate that falls: set trainer.schedule")
+        if self.schedule_steps is not None and self.schedule_steps < steps:
+            raise ValueError(f"trainer.schedule_steps={self.schedule_steps} is below steps={steps}: raise it, or leave it out")
 
 
 class Weights(Config):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -13,6 +13,9 @@ from raysys.config.parts import Data, Deadlines, Rollout, Scoring, Trainer, Weig
 class Run(Config):
     """What every job has."""
 
+    knows_its_devices: ClassVar[bool] = False
+    """Whether runs of the job count what their devices do."""
+
     name: str | None = placed(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Folder under `runs/`. Null: the job's name with the next free number."""
     run_dir: str | None = placed(None)
@@ -20,15 +23,22 @@ class Run(Config):
     seed: int = 0
     device: Literal["auto", "cpu", "gpu"] = placed("auto")
     price_per_device_hour: PositiveFloat | None = placed(None)
-    """What a GPU costs an hour, in any currency; the run then says what it cost and on what."""
+    """What a GPU costs an hour, in any currency; a run of gopd, hpd, sft or search_agent then says what it cost and on what."""
     restarts: NonNegativeInt = placed(3)
     """Times that a run which was killed or lost a part of the cluster starts again by itself without getting further. 0: never."""
     deadlines: Deadlines = placed(Deadlines())
 
+    @model_validator(mode="after")
+    def _priced(self) -> Self:
+        if self.price_per_device_hour is not None and not self.knows_its_devices:
+            raise ValueError("price_per_device_hour is of gopd, hpd, sft and search_agent; this job does not count device time")
+        return self
+
     def identity(self) -> dict[str, Any]:
-        """See `Config.identity`. A falling learning rate makes the number of steps part of what is learned."""
+        """See `Config.identity`. A falling learning rate makes the number of steps part of what is learned, unless it ends elsewhere."""
         keys = super().identity()
-        if {keys.get(f"{part}.schedule", "constant") for part in ("trainer", "optimiser")} != {"constant"}:
+        falls = {keys.get(f"{part}.schedule", "constant") for part in ("trainer", "optimiser")} != {"constant"}
+        if falls and keys.get("trainer.schedule_steps") is None:
             keys["steps"] = getattr(self, "steps", None)
         return keys
 
@@ -38,14 +48,19 @@ class EvaluationPart(Config):
 
     data: Data
     rows: PositiveInt = 256
-    """Rows a domain."""
+    """Rows a domain of `data.source`; of a file, whatever its domains, as many rows, or all if it has fewer. Which rows of a shuffled
+    file these are follows from `seed`."""
     samples: PositiveInt = 1
     """1 is greedy; more is avg@k at `temperature`."""
     temperature: float = Field(default=1.0, gt=0)
+    """With `top_p`, of evaluations whatever `rollout` says of samples to train on; greedy ones read neither."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
 
 
 class GopdConfig(Run):
     """`jobs/gopd.py`: on-policy distillation with a reward scale and a free reference. Paper: arXiv 2602.12125."""
+
+    knows_its_devices: ClassVar[bool] = True
 
     student: str
     """Hugging Face folder or id."""
@@ -113,10 +128,7 @@ class GopdConfig(Run):
         self.weights.check(self.colocate)
         if self.rollout.replay and self.evaluation is not None:
             raise ValueError("rollout.replay starts no engine, and evaluation needs one; set evaluation=null")
-        if self.batch * self.samples < self.trainer.mini_batches:
-            raise ValueError(
-                f"trainer.mini_batches={self.trainer.mini_batches} exceeds the {self.batch * self.samples} responses of a step"
-            )
+        self.trainer.check(self.batch * self.samples, self.steps)
         if self.evaluate_every is not None and self.evaluation is None:
             raise ValueError("evaluate_every is set but evaluation is not; give evaluation.data")
         return self
@@ -145,6 +157,8 @@ class NewModel(Config):
 class OnData(Run):
     """What the jobs have that learn from written responses: the loop with data as its source and no push."""
 
+    knows_its_devices: ClassVar[bool] = True
+
     data: Data
     steps: PositiveInt = placed(300)
     batch: PositiveInt = 128
@@ -168,6 +182,8 @@ class OnData(Run):
             raise ValueError("evaluate_every and stop_at need evaluation; give evaluation.data")
         if self.stop_at and self.evaluate_every is None:
             raise ValueError("stop_at needs evaluate_every")
+        self.rollout.check(evaluates=True)
+        self.trainer.check(self.batch, self.steps)
         self.weights.check(colocate=False)
         return self
 
@@ -258,6 +274,7 @@ class EvaluateConfig(Run):
     def _one_kind(self) -> Self:
         if (self.evaluation is None) == (self.harness is None):
             raise ValueError("set either evaluation (tasks of one's own) or harness (lm-eval's), and the other to null")
+        self.rollout.check(evaluates=True)
         return self
 
 

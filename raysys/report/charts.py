@@ -105,6 +105,11 @@ def of_pretraining(records: Sequence[Mapping[str, Any]]) -> bool:
     return any("balance_loss" in record for record in records)
 
 
+def of_quantising(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the records are of a quantisation, whose steps are layers: `raysys.report.quantising` draws those."""
+    return any("layer_bits" in record for record in records)
+
+
 def routers(looks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """(title, HTML) of what `routers.jsonl` tells by layer: alignment over the run, and the loads of experts at the end."""
     import plotly.graph_objects as go
@@ -167,6 +172,7 @@ def _points(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], 
 
 def overlay(runs: Mapping[str, Sequence[Mapping[str, Any]]], without: Collection[str] = ()) -> list[tuple[str, str]]:
     """As `curves`, with several runs in each picture. A single run shows its domains too. `without`: metrics to leave out."""
+    runs = {label: records for label, records in runs.items() if not of_quantising(records)}
     titles = _TITLES | ({"reward": "F1"} if any(of_episodes(records) for records in runs.values()) else {})
     if any(of_pretraining(records) for records in runs.values()):
         titles |= {"loss": "Loss, nats a token", "tokens_per_second": "Tokens a second"}

@@ -15,7 +15,6 @@ from raysys.files import read_json_lines
 from raysys.report import charts, quantising, transcripts
 from raysys.report.masking import masked
 
-_SAMPLES = 5
 _SIDE_BY_SIDE = 4
 """Models that fit beside one another as columns."""
 
@@ -213,16 +212,17 @@ def _paired_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     """The first evaluation's examples beside the last one's, by prompt; a list of models shows each one's."""
     if not samples:
         return []
-    labels = list(dict.fromkeys(sample["label"] for sample in samples))
-    chosen = labels if len({sample["step"] for sample in samples}) == 1 else [labels[0], labels[-1]]
-    prompts = list(dict.fromkeys((sample["domain"], sample["prompt"]) for sample in samples if sample["label"] == chosen[0]))[:_SAMPLES]
-    found = {(sample["label"], sample["domain"], sample["prompt"]): sample for sample in samples}
+    steps = sorted(sample["step"] for sample in samples)
+    ends = [sample for sample in samples if sample["step"] in (steps[0], steps[-1])]  # a run that was extended has an "after" in between
+    chosen = list(dict.fromkeys(sample["label"] for sample in ends))
+    prompts = list(dict.fromkeys((sample["domain"], sample["prompt"]) for sample in ends if sample["label"] == chosen[0]))
+    found = {(sample["label"], sample["domain"], sample["prompt"]): sample for sample in ends}
     return [
         {
             "domain": domain,
             "prompt": prompt,
             "answer": found[chosen[0], domain, prompt]["answer"],
-            "responses": [found[label, domain, prompt] for label in dict.fromkeys(chosen) if (label, domain, prompt) in found],
+            "responses": [found[label, domain, prompt] for label in chosen if (label, domain, prompt) in found],
         }
         for domain, prompt in prompts
     ]

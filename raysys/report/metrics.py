@@ -16,6 +16,8 @@ from raysys.files import append_json
 log = logging.getLogger(__name__)
 
 SHOWN_NOWHERE = ("step", "seconds", "fingerprint")
+PARTS = ("age/", "seconds/")
+"""Of a whole: one that a step does not have is 0 in it. Other measures that are not taken at every step keep their last value."""
 
 
 class MetricsWriter:
@@ -79,11 +81,12 @@ class MetricsWriter:
             return
         from ray.util.metrics import Gauge
 
-        for name, value in numbers.items():
-            metric = "raysys_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
-            if metric not in self._gauges:
-                self._gauges[metric] = Gauge(metric, description=f"{name} of the newest step", tag_keys=("job", "run"))
-            self._gauges[metric].set(value, tags=self._tags)
+        gone = dict.fromkeys((name for name in self._gauges.keys() - numbers.keys() if name.startswith(PARTS)), 0.0)
+        for name, value in (gone | dict(numbers)).items():
+            if name not in self._gauges:
+                metric = "raysys_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)
+                self._gauges[name] = Gauge(metric, description=f"{name} of the newest step that has it", tag_keys=("job", "run"))
+            self._gauges[name].set(value, tags=self._tags)
 
 
 def _is_number(value: Any) -> bool:

@@ -21,6 +21,7 @@ class Takes(Protocol):
     def backlog(self) -> Batch | None: ...
     def counts(self) -> dict[str, int]: ...
     def restore(self, state: dict[str, Any], backlog: Batch | None, version: int) -> None: ...
+    def status(self) -> dict[str, Any]: ...
 
 
 def file_of(folder: Path, step: int) -> Path:
@@ -54,6 +55,9 @@ class Recorder:
     def restore(self, state: dict[str, Any], backlog: Batch | None, version: int) -> None:
         self._step = version
         self._source.restore(state, backlog, version)
+
+    def status(self) -> dict[str, Any]:
+        return self._source.status()
 
 
 class Replay:

@@ -35,7 +35,7 @@ class TrainerGroup:
         model: Hugging Face folder or id to start from.
         objective: what a step minimises.
         learning_rate: its peak.
-        steps: of the whole run; where a falling learning rate ends.
+        steps: where a falling learning rate ends.
         temperature: of the rollouts; divides the logits.
         device: "cpu" or "gpu".
         dtype: "float32", or "bfloat16" with float32 masters.

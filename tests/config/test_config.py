@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from raysys.config.base import set_key
-from raysys.config.runs import GenerateConfig, GopdConfig, SftConfig
+from raysys.config.agents import SearchAgentConfig
+from raysys.config.base import read_yaml, set_key
+from raysys.config.jobs import CONFIGS
+from raysys.config.runs import EvaluateConfig, GenerateConfig, GopdConfig, HpdConfig, Run, SftConfig
 from raysys.errors import ConfigError
 
 MINIMAL = ["student=s", "teachers.default=t", "data.path=p.jsonl"]
@@ -65,6 +67,8 @@ def test_identity_ignores_placement_only() -> None:
     assert load("seed=1").fingerprint() != load().fingerprint()
     falling = [SftConfig.load(None, ["data.path=p", "trainer.schedule=cosine", f"steps={steps}"]) for steps in (3, 4)]
     assert falling[0].identity() != falling[1].identity()
+    keys = ["data.path=p", "trainer.schedule=cosine", "trainer.schedule_steps=9"]
+    assert SftConfig.load(None, [*keys, "steps=3"]).identity() == SftConfig.load(None, [*keys, "steps=4"]).identity()
 
 
 def test_yaml_round_trip_and_base_files(tmp_path: Path) -> None:
@@ -146,3 +150,100 @@ def test_where_the_learning_rate_falls_the_steps_are_part_of_what_is_learned() -
     falling, level = ({"data": data, "optimiser": {"schedule": name}} for name in ("cosine", "constant"))
     assert PretrainMoeConfig.parse(falling).identity()["steps"] == 10_000
     assert "steps" not in PretrainMoeConfig.parse(level).identity()
+
+
+MODELS = ["student=s", "teachers.default=t", "data.path=p"]
+KEYS: dict[type[Run], list[str]] = {
+    SftConfig: ["data.path=p"],
+    HpdConfig: MODELS,
+    SearchAgentConfig: ["student=s", "data.path=p", "search.corpus=c"],
+    EvaluateConfig: ["models.a=m", "evaluation.data.path=p"],
+    GopdConfig: MODELS,
+}
+
+
+@pytest.mark.parametrize("kind", [SftConfig, HpdConfig, SearchAgentConfig, EvaluateConfig])
+def test_keys_that_a_job_does_not_read_are_refused(kind: type[Run]) -> None:
+    for more in (["rollout.record=r"], ["rollout.replay=r"], ["rollout.record=r", "rollout.generate_only=true"]):
+        with pytest.raises(ConfigError, match=r"are of jobs/gopd\.py"):
+            kind.load(None, [*KEYS[kind], *more])
+    for key in ("temperature", "top_p"):
+        override = [*KEYS[kind], f"rollout.{key}=0.5"]
+        if kind is SearchAgentConfig:
+            kind.load(None, override)
+        else:
+            with pytest.raises(ConfigError, match=r"set evaluation\.temperature and evaluation\.top_p"):
+                kind.load(None, override)
+
+
+def test_a_price_is_of_the_jobs_that_count_device_time() -> None:
+    for kind in (SftConfig, HpdConfig, SearchAgentConfig, GopdConfig):
+        assert kind.load(None, [*KEYS[kind], "price_per_device_hour=2.5"]).price_per_device_hour == 2.5
+    with pytest.raises(ConfigError, match="this job does not count device time"):
+        EvaluateConfig.load(None, [*KEYS[EvaluateConfig], "price_per_device_hour=2.5"])
+
+
+def test_turns_keep_their_prefix_unless_told_otherwise() -> None:
+    def caches(*more: str) -> bool:
+        return SearchAgentConfig.load(None, [*KEYS[SearchAgentConfig], *more]).rollout.prefix_caching
+
+    assert caches() and caches("rollout.workers=2") and not caches("rollout.prefix_caching=false")
+
+
+@pytest.mark.parametrize("kind", [SftConfig, SearchAgentConfig, GopdConfig])
+def test_more_mini_batches_than_rows_are_refused(kind: type[Run]) -> None:
+    samples = {SearchAgentConfig: 2, GopdConfig: 1}.get(kind)
+    keys = [*KEYS[kind], "batch=4", *([f"samples={samples}"] if samples else [])]
+    rows = 4 * (samples or 1)
+    kind.load(None, [*keys, f"trainer.mini_batches={rows}"])
+    with pytest.raises(ConfigError, match=rf"mini_batches={rows + 1} exceeds the {rows} responses of a step"):
+        kind.load(None, [*keys, f"trainer.mini_batches={rows + 1}"])
+
+
+@pytest.mark.parametrize("kind", [SftConfig, HpdConfig, SearchAgentConfig, GopdConfig])
+def test_a_schedule_that_ends_before_the_run_is_refused(kind: type[Run]) -> None:
+    keys = [*KEYS[kind], "steps=9", "trainer.schedule=linear"]
+    kind.load(None, [*keys, "trainer.schedule_steps=9"])
+    with pytest.raises(ConfigError, match="schedule_steps=8 is below steps=9"):
+        kind.load(None, [*keys, "trainer.schedule_steps=8"])
+    with pytest.raises(ConfigError, match="is of a learning rate that falls"):
+        kind.load(None, [*KEYS[kind], "trainer.schedule_steps=1000"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("steps", "12", "steps: Input should be a valid integer, not text, got '12'"),
+        ("steps", True, "steps: Input should be a valid integer, got True"),
+        ("seed", True, "seed: Input should be a valid integer, got True"),
+        ("learning_rate", "0.1", "learning_rate: Input should be a valid number, not text, got '0.1'"),
+        ("evaluate_every", True, "evaluate_every: Input should be a valid integer, got True"),
+        ("colocate", "no", "colocate: Input should be a valid boolean, not text, got 'no'"),
+        ("trainer", {"betas": [0.9, "0.95"]}, "trainer.betas: Input should be a valid number, not text"),
+        ("rollout", {"workers": True}, "rollout.workers: Input should be a valid integer, got True"),
+    ],
+)
+def test_text_and_truth_are_no_numbers(key: str, value: object, told: str) -> None:
+    values: dict[str, object] = {"student": "s", "teachers": {"default": "t"}, "data": {"path": "p"}, key: value}
+    with pytest.raises(ConfigError) as error:
+        GopdConfig.parse(values)
+    assert str(error.value).startswith(told) and "\n" not in str(error.value)
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("student: s\nteachers: {default: t}\ndata: {path: p}\nlearning_rate: 1e-6\n")
+    config = GopdConfig.load(tmp_path / "run.yaml", ["steps=12", "rollout.workers=1..3", "importance_cap=1e-06", "clip_low=0"])
+    assert (config.learning_rate, config.steps, config.rollout.workers, config.importance_cap) == (1e-6, 12, "1..3", 1e-6)
+    with pytest.raises(ConfigError, match="steps: Input should be a valid integer, got True"):
+        load("steps=true")
+
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted(path for path in (ROOT / "jobs" / "configs").glob("*/*.yaml") if path.stem not in ("common", "served"))
+"""Without those that others complete."""
+OF_OTHER_JOBS = {"table": "evaluate", "warm": "sft"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_shipped_configs_load(path: Path) -> None:
+    CONFIGS["pipeline" if "stages" in read_yaml(path) else OF_OTHER_JOBS.get(path.stem, path.parent.name)].load(path)

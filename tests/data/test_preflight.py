@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from raysys.checks import check_sft
 from raysys.config.parts import Data
+from raysys.config.runs import SftConfig
 from raysys.data.preflight import check_vocabularies, preflight, shared_ids
 from raysys.data.text import load_tokenizer
 from raysys.errors import ConfigError, DataError
@@ -39,6 +41,15 @@ def test_missing_and_empty(tmp_path: Path, tiny: str) -> None:
         check(write(tmp_path, ["", " "], "blank.jsonl"), tiny)
     with pytest.raises(DataError, match=r"2 of 2 rows are unusable.*bad\.jsonl:1: invalid JSON"):
         check(write(tmp_path, ["{", "]"], "bad.jsonl"), tiny)
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_what_evaluates_fine_tuning_is_looked_at_too(tmp_path: Path, tiny: str, new: bool) -> None:
+    good = write(tmp_path, rows(3))
+    values = {"data": {"path": good}, "max_prompt_tokens": 16, "max_response_tokens": 14} | ({} if new else {"student": tiny})
+    check_sft(SftConfig.parse(values | {"evaluation": {"data": {"path": good}}}))
+    with pytest.raises(ConfigError, match=r"gone\.jsonl does not exist"):
+        check_sft(SftConfig.parse(values | {"evaluation": {"data": {"path": str(tmp_path / "gone.jsonl")}}}))
 
 
 def test_tags(tmp_path: Path, tiny: str) -> None:

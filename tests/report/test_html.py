@@ -60,13 +60,12 @@ def test_a_run_shows_all_of_it(tmp_path: Path) -> None:
         "add accuracy 26.0% to 56.0%",
         "Reverse KL to the teacher",
         "Where a step",
-        "word4&lt;",
+        "word5&lt;",
         "reward_scale=1.25",
         "abc123",
         "2.60.0",
     ):
         assert text in page
-    assert "word5" not in page.partition("<h2>Samples")[2], "five samples"
     body = page.partition("<body>")[2]
     assert 'src="' not in body and 'href="http' not in page.partition("<script>")[0] + body
 
@@ -131,3 +130,12 @@ def test_models_side_by_side_are_no_course_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = render_report(tmp_path).read_text()
     assert "3 models evaluated." in page and "Over the run" not in page and "0 steps" not in page
+
+
+def test_a_run_that_was_extended_shows_its_last_samples(tmp_path: Path) -> None:
+    steps = ((0, "before"), (100, "after"), (150, "step 150"), (200, "after"))
+    row = {"domain": "add", "prompt": "1+1=", "answer": "2", "score": 1.0}
+    lines = [row | {"step": step, "label": label, "response": f"says {step}"} for step, label in steps]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = render_report(tmp_path).read_text().partition("<h2>Samples")[2]
+    assert [step for step, _ in steps if f"says {step}" in shown] == [0, 200]

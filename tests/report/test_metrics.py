@@ -67,3 +67,22 @@ def test_the_board_holds_what_the_records_hold(tmp_path: Path) -> None:
     read.Reload()
     assert [(event.step, event.value) for event in read.Scalars("loss")] == [(11, 2.0)]
     assert {"reverse_kl", "seconds/train"} <= set(read.Tags()["scalars"])
+
+
+def test_a_part_that_a_step_lacks_is_none_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, float] = {}
+
+    class Gauge:
+        def __init__(self, name: str, **_: object):
+            self._name = name
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            shown[self._name] = value
+
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.util.metrics.Gauge", Gauge)
+    with MetricsWriter(tmp_path, "gopd", "one") as writer:
+        writer.write({"step": 0, "age/0": 0.5, "age/1": 0.5, "validation_loss": 2.0, "seconds": {"train": 1.0, "checkpoint": 9.0}})
+        writer.write({"step": 1, "age/0": 1.0, "seconds": {"train": 1.0}})
+    assert (shown["raysys_age_0"], shown["raysys_age_1"], shown["raysys_seconds_checkpoint"]) == (1.0, 0.0, 0.0)
+    assert shown["raysys_validation_loss"] == 2.0, "the newest there is"

@@ -9,7 +9,15 @@ from raysys.report import quantising
 from raysys.report.html import render_report
 
 MAP = {"bits": [4, 2, 2, 4], "allocation": "nsds", "scores": [3.0, 1.0, 0.5, 9.0], "series": {"up/nv": [0.1, 1.0, 100.0, 3.0]}}
-LINE = {"step": 0, "error_before": 0.0, "error_after": 0.1, "weight_error/q_proj": 0.2, "seconds": {"quantise": 1.0, "total": 1.0}}
+LINE = {
+    "step": 0,
+    "layer_bits": 4,
+    "loss": 0.1,
+    "error_before": 0.0,
+    "error_after": 0.1,
+    "weight_error/q_proj": 0.2,
+    "seconds": {"quantise": 1.0, "total": 1.0},
+}
 
 
 def test_pictures_of_a_run() -> None:
@@ -37,6 +45,7 @@ def test_the_page(tmp_path: Path) -> None:
     page = render_report(tmp_path).read_text()
     assert "4 layers: 2 of 2 bits, 2 of 4 bits; perplexity 3.500 (full precision); perplexity 4.250 (quantised)." in page
     assert "<h2>Measures" in page and "<h2>Layers" in page and "<h2>Accuracy" not in page and "bits per weight" in page
+    assert "<h2>Curves" not in page, "the errors are drawn by layer already"
 
 
 def test_a_pipeline_s_page_shows_where_each_model_has_its_bits(tmp_path: Path) -> None:
