@@ -207,7 +207,11 @@ def open_evaluator(
         return NoEvaluation()
     prompts = held_out(part, tokenizer, config)
     sampling = Sampling(
-        temperature=part.temperature, top_p=part.top_p, max_tokens=config.max_response_tokens, seed=config.seed, greedy=part.samples == 1
+        temperature=part.temperature,
+        top_p=part.top_p or 1.0,
+        max_tokens=config.max_response_tokens,
+        seed=config.seed,
+        greedy=part.samples == 1,
     )
     decoder = Decoder(tokenizer)
     return Evaluator(

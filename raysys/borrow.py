@@ -57,12 +57,17 @@ def _others(home: Path, head: Head) -> str:
             fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return "somebody else uses it"
-    deadline = time.monotonic() + _PARTING_SECONDS
+    began, told = time.monotonic(), 0.0
     while True:
-        jobs = head.jobs()
-        busy = [job for job in jobs or () if job["status"] not in heads.ENDED]
-        if jobs is not None and not busy:
-            return ""
-        if time.monotonic() > deadline:
-            return f"{len(busy)} other job(s) run on it" if busy else f"it does not say who works on it; {heads.STOP} ends it"
+        jobs = head.jobs(heads.ANSWER_SECONDS)
+        now = time.monotonic()
+        if jobs is None:
+            if now - began > heads.PATIENCE_SECONDS:
+                return f"it does not say who works on it; {heads.STOP} ends it"
+        else:
+            busy, told = [job for job in jobs if job["status"] not in heads.ENDED], told or now
+            if not busy:
+                return ""
+            if now - told > _PARTING_SECONDS:
+                return f"{len(busy)} other job(s) run on it"
         time.sleep(0.2)

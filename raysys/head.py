@@ -36,8 +36,10 @@ STOP = "bash cluster/quickstart.sh --stop-head"
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 """States of a job that does not run any more."""
 _GIB = 1 << 30
-_PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 30.0
 """For so long a head that lives may be too busy to answer."""
+ANSWER_SECONDS = 10.0
+"""One question's share of it."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,11 @@ def running(home: Path) -> Head | None:
     Raises:
         InfrastructureError: it is alive and does not answer, however often it is asked.
     """
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while (head := living(home)) is not None and not head.answers():
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while (head := living(home)) is not None and not head.answers(ANSWER_SECONDS):
         if time.monotonic() > deadline:
             raise InfrastructureError(
-                f"the Ray head of {home} (process {head.pid}) is alive, but {head.dashboard} has not answered for {_PATIENCE_SECONDS:g} s",
+                f"the Ray head of {home} (process {head.pid}) is alive, but {head.dashboard} has not answered for {PATIENCE_SECONDS:g} s",
                 f"wait until it is less busy, or end it with all that runs on it: {STOP}",
             )
         time.sleep(0.5)

@@ -68,7 +68,7 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def head(home: Path, dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
-    monkeypatch.setattr(heads, "_PATIENCE_SECONDS", 0.6)
+    monkeypatch.setattr(heads, "PATIENCE_SECONDS", 0.6)
     monkeypatch.setattr(borrow, "_PARTING_SECONDS", 0.3)
     monkeypatch.setenv("RAYSYS_HOME", str(home))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

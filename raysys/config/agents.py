@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -84,11 +84,15 @@ class SearchRollout(Rollout):
 
     prefix_caching: bool = placed(True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _kept(cls, values: Any) -> Any:
+        """`kv_cache=keep` goes without the default."""
+        return {"prefix_caching": False} | values if isinstance(values, dict) and values.get("kv_cache") == "keep" else values
+
 
 class SearchAgentConfig(Run):
     """`jobs/search_agent.py`: GRPO on multi-turn search, with calibrated advantages. Paper: arXiv 2604.18235."""
-
-    knows_its_devices: ClassVar[bool] = True
 
     student: str
     """Hugging Face folder or id."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -13,9 +13,6 @@ from raysys.config.parts import Data, Deadlines, Rollout, Scoring, Trainer, Weig
 class Run(Config):
     """What every job has."""
 
-    knows_its_devices: ClassVar[bool] = False
-    """Whether runs of the job count what their devices do."""
-
     name: str | None = placed(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Folder under `runs/`. Null: the job's name with the next free number."""
     run_dir: str | None = placed(None)
@@ -23,16 +20,11 @@ class Run(Config):
     seed: int = 0
     device: Literal["auto", "cpu", "gpu"] = placed("auto")
     price_per_device_hour: PositiveFloat | None = placed(None)
-    """What a GPU costs an hour, in any currency; a run of gopd, hpd, sft or search_agent then says what it cost and on what."""
+    """What a GPU costs an hour, in any currency; a run of gopd, hpd, sft or search_agent then says what it cost and on what. Other jobs do
+    not count device time, and it says nothing to them."""
     restarts: NonNegativeInt = placed(3)
     """Times that a run which was killed or lost a part of the cluster starts again by itself without getting further. 0: never."""
     deadlines: Deadlines = placed(Deadlines())
-
-    @model_validator(mode="after")
-    def _priced(self) -> Self:
-        if self.price_per_device_hour is not None and not self.knows_its_devices:
-            raise ValueError("price_per_device_hour is of gopd, hpd, sft and search_agent; this job does not count device time")
-        return self
 
     def identity(self) -> dict[str, Any]:
         """See `Config.identity`. A falling learning rate makes the number of steps part of what is learned, unless it ends elsewhere."""
@@ -54,13 +46,12 @@ class EvaluationPart(Config):
     """1 is greedy; more is avg@k at `temperature`."""
     temperature: float = Field(default=1.0, gt=0)
     """With `top_p`, of evaluations whatever `rollout` says of samples to train on; greedy ones read neither."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Null: 1. Null is no key at all to stages that are known by their keys, as all were before there was this one."""
 
 
 class GopdConfig(Run):
     """`jobs/gopd.py`: on-policy distillation with a reward scale and a free reference. Paper: arXiv 2602.12125."""
-
-    knows_its_devices: ClassVar[bool] = True
 
     student: str
     """Hugging Face folder or id."""
@@ -156,8 +147,6 @@ class NewModel(Config):
 
 class OnData(Run):
     """What the jobs have that learn from written responses: the loop with data as its source and no push."""
-
-    knows_its_devices: ClassVar[bool] = True
 
     data: Data
     steps: PositiveInt = placed(300)

@@ -24,7 +24,10 @@ def _f1(seen: Seen, when: Literal["before", "after"]) -> float | None:
 
 def _asks(config: SearchAgentConfig) -> Asks:
     engines, ranks = config.rollout.fewest, config.trainer.ranks
-    return Asks(engines * config.rollout.tensor_parallel + ranks, engines * config.rollout.threads + ranks * config.trainer.threads)
+    beside = 1 + (config.search.corpus is not None)  # tasks that read data, and a search of its own
+    return Asks(
+        engines * config.rollout.tensor_parallel + ranks, engines * config.rollout.threads + ranks * config.trainer.threads + beside
+    )
 
 
 ABLATION = Study(

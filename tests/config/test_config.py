@@ -176,18 +176,14 @@ def test_keys_that_a_job_does_not_read_are_refused(kind: type[Run]) -> None:
                 kind.load(None, override)
 
 
-def test_a_price_is_of_the_jobs_that_count_device_time() -> None:
-    for kind in (SftConfig, HpdConfig, SearchAgentConfig, GopdConfig):
-        assert kind.load(None, [*KEYS[kind], "price_per_device_hour=2.5"]).price_per_device_hour == 2.5
-    with pytest.raises(ConfigError, match="this job does not count device time"):
-        EvaluateConfig.load(None, [*KEYS[EvaluateConfig], "price_per_device_hour=2.5"])
-
-
 def test_turns_keep_their_prefix_unless_told_otherwise() -> None:
     def caches(*more: str) -> bool:
         return SearchAgentConfig.load(None, [*KEYS[SearchAgentConfig], *more]).rollout.prefix_caching
 
     assert caches() and caches("rollout.workers=2") and not caches("rollout.prefix_caching=false")
+    assert not caches("rollout.kv_cache=keep"), "one of the two, and it was asked for"
+    with pytest.raises(ConfigError, match="set one of them back"):
+        caches("rollout.kv_cache=keep", "rollout.prefix_caching=true")
 
 
 @pytest.mark.parametrize("kind", [SftConfig, SearchAgentConfig, GopdConfig])
