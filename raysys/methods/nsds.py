@@ -160,9 +160,12 @@ def unembedding_basis(unembedding: Tensor, energy: float = ENERGY) -> Tensor:
     if unembedding.dim() != 2:
         raise ValueError(f"unembedding must be [V, D], got shape {list(unembedding.shape)}")
     _check_energy(energy)
-    rows = max(1, _BLOCK // max(1, unembedding.shape[1]))
-    blocks = (_finite("unembedding", block) for block in unembedding.split(rows))
-    return _leading(sum((block.T @ block for block in blocks), torch.zeros((), dtype=torch.float64)), energy)[1]
+    width = unembedding.shape[1]
+    gram = torch.zeros(width, width, dtype=torch.float64, device=unembedding.device)
+    for block in unembedding.split(max(1, _BLOCK // max(1, width))):
+        part = _finite("unembedding", block)
+        gram.addmm_(part.T, part)
+    return _leading(gram, energy)[1]
 
 
 def layer_series(
@@ -243,10 +246,10 @@ def _one_side(name: str, matrix: Tensor, along: int, energy: float) -> tuple[flo
     """
     short = along if matrix.shape[along] <= matrix.shape[1 - along] else 1 - along
     numbers = _BLOCK // max(1, matrix.shape[short]) or 1
-    gram = torch.zeros((), dtype=torch.float64)
+    gram = torch.zeros(matrix.shape[short], matrix.shape[short], dtype=torch.float64, device=matrix.device)
     for block in matrix.split(numbers, dim=1 - short):
-        part = _finite(name, block)
-        gram = gram + (part @ part.T if short == 0 else part.T @ part)
+        part = _finite(name, block if short == 1 else block.T)
+        gram.addmm_(part.T, part)
     values, vectors = _leading(gram, energy)
     if short != along:
         carried = matrix.double() @ vectors if along == 0 else matrix.double().T @ vectors
@@ -327,8 +330,10 @@ def _column_kurtosis(columns: Tensor) -> Tensor:
 
 
 def _leading(gram: Tensor, energy: float) -> tuple[Tensor, Tensor]:
-    """Singular values, largest first, and their vectors as columns, of a matrix whose Gram matrix this is."""
-    squares, vectors = torch.linalg.eigh(gram)
+    """Singular values, largest first, and their vectors as columns, of a matrix whose Gram matrix this is. It is overwritten."""
+    # Column by column, as LAPACK works, and as its own result: it is decomposed where it lies, and torch makes no copy.
+    squares, vectors = gram.new_empty(len(gram)), gram.T
+    torch.linalg.eigh(vectors, out=(squares, vectors))
     squares = squares.flip(0).clamp_min(0)
     kept = _kept(squares, energy)
     return squares[:kept].sqrt(), vectors[:, -kept:].flip(1)
