@@ -46,6 +46,8 @@ _NEGLIGIBLE = 1e-12
 """A spread below this share of the largest value is rounding."""
 _BLOCK = 2**22
 """Entries of a circuit's matrix, or of a block of the unembedding, that exist at once."""
+_PIECE = 2**20
+"""Entries whose moments are taken at once."""
 
 
 def excess_kurtosis(x: Tensor) -> float:
@@ -198,11 +200,13 @@ def layer_series(
 def _mlp(weights: Mapping[str, Tensor], basis: Tensor, energy: float, form: Form) -> dict[str, float]:
     """NV and SE of one MLP by their names in `SERIES`."""
     found: dict[str, float] = {}
-    for name in ("up", "gate"):
-        found[f"{name}/nv"], values, vectors = _one_side(f"{name}_proj", weights[f"{name}_proj"], 1, energy)
-        found[f"{name}/se"] = structural_expressiveness(values, torch.log1p(_kurtosis(vectors).relu()), form)
-    found["down/nv"], values, vectors = _one_side("down_proj", weights["down_proj"], 0, energy)
-    return found | {"down/se": structural_expressiveness(values, _written(basis, vectors), form)}
+    for name in ("up", "gate", "down"):
+        values, vectors = _one_side(f"{name}_proj", weights[f"{name}_proj"], int(name != "down"), energy)
+        role = _written(basis, vectors) if name == "down" else torch.log1p(_kurtosis(vectors).relu())
+        del vectors  # as large as what the next matrix needs
+        found[f"{name}/se"] = structural_expressiveness(values, role, form)
+        found[f"{name}/nv"] = _entries_kurtosis(weights[f"{name}_proj"])
+    return found
 
 
 def allocate(scores: Tensor | Sequence[float], sizes: Tensor | Sequence[int], budget: float, low: int = 2, high: int = 4) -> list[int]:
@@ -238,8 +242,8 @@ def allocate(scores: Tensor | Sequence[float], sizes: Tensor | Sequence[int], bu
     return bits
 
 
-def _one_side(name: str, matrix: Tensor, along: int, energy: float) -> tuple[float, Tensor, Tensor]:
-    """Excess kurtosis of all entries of W [out, in], and leading values and vectors of W W^T (`along` 0) or W^T W (1).
+def _one_side(name: str, matrix: Tensor, along: int, energy: float) -> tuple[Tensor, Tensor]:
+    """Leading values and vectors of W W^T (`along` 0) or W^T W (1), W [out, in].
 
     Nothing of W's size exists in float64: blocks of rows, or of columns, are summed up. Where the other side is shorter it is decomposed,
     and its vectors, which W carries over, are as many.
@@ -254,7 +258,7 @@ def _one_side(name: str, matrix: Tensor, along: int, energy: float) -> tuple[flo
     if short != along:
         carried = matrix.double() @ vectors if along == 0 else matrix.double().T @ vectors
         vectors = carried / values.where(values > 0, 1.0)
-    return _entries_kurtosis(matrix), values, vectors
+    return values, vectors
 
 
 def _circuits(
@@ -304,7 +308,7 @@ def _product_kurtosis(first: Tensor, second: Tensor) -> float:
 def _entries_kurtosis(x: Tensor) -> float:
     """Of all entries, in blocks; 0 of a constant."""
     flat = x.detach().reshape(-1)
-    blocks = flat.split(_BLOCK)
+    blocks = flat.split(_PIECE)
     largest = max(float(block.abs().amax()) for block in blocks)
     mean = float(torch.stack([block.double().sum() for block in blocks]).sum()) / len(flat)
     two = four = 0.0
@@ -317,7 +321,7 @@ def _entries_kurtosis(x: Tensor) -> float:
 
 def _kurtosis(columns: Tensor) -> Tensor:
     """Excess kurtosis of each column of [n, k]; 0 of constants."""
-    return torch.cat([_column_kurtosis(part) for part in columns.split(max(1, _BLOCK // len(columns)), dim=1)])
+    return torch.cat([_column_kurtosis(part) for part in columns.split(max(1, _PIECE // len(columns)), dim=1)])
 
 
 def _column_kurtosis(columns: Tensor) -> Tensor:
@@ -330,13 +334,12 @@ def _column_kurtosis(columns: Tensor) -> Tensor:
 
 
 def _leading(gram: Tensor, energy: float) -> tuple[Tensor, Tensor]:
-    """Singular values, largest first, and their vectors as columns, of a matrix whose Gram matrix this is. It is overwritten."""
+    """The largest singular values and their vectors as columns, of a matrix whose Gram matrix this is. It is overwritten."""
     # Column by column, as LAPACK works, and as its own result: it is decomposed where it lies, and torch makes no copy.
     squares, vectors = gram.new_empty(len(gram)), gram.T
     torch.linalg.eigh(vectors, out=(squares, vectors))
-    squares = squares.flip(0).clamp_min(0)
-    kept = _kept(squares, energy)
-    return squares[:kept].sqrt(), vectors[:, -kept:].flip(1)
+    kept = _kept(squares.clamp_min_(0).flip(0), energy)
+    return squares[-kept:].sqrt(), vectors[:, -kept:]
 
 
 def _kept(squares: Tensor, energy: float) -> int:
