@@ -21,7 +21,7 @@ from raysys.plan import PROCESS, Device, Estimate, Place, amount
 if TYPE_CHECKING:
     from raysys.models.shape import Shape
 
-SCORING_WORK = 0.75 * 2**30
+SCORING_WORK = 0.5 * 2**30
 """Beside a layer's weights, of a task that computes NSDS on the shapes of an 8B model (`python -m tests.bench nsds`)."""
 
 
