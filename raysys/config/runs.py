@@ -47,7 +47,7 @@ class EvaluationPart(Config):
     temperature: float = Field(default=1.0, gt=0)
     """With `top_p`, of evaluations whatever `rollout` says of samples to train on; greedy ones read neither."""
     top_p: float | None = Field(default=None, gt=0, le=1)
-    """Null: 1. Null is no key at all to stages that are known by their keys, as all were before there was this one."""
+    """Null: 1, and no part of what a stage of a pipeline is known by."""
 
 
 class GopdConfig(Run):

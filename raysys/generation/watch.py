@@ -87,9 +87,8 @@ class Watch:
         """An engine without answers may be silent, for Ray Data ends those that it has no shards for; but not all of them at once."""
         placement = self._config.deadlines.placement
         doing = {name: tuple(facts[key] for key in _MOVES) for name, facts in engines.items()}
-        starting = any(
-            facts["state"] == "starting" for facts in engines.values()
-        )  # which has a deadline of its own, and may keep it silent
+        # A start has a deadline of its own, and may keep its engine silent.
+        starting = any(facts["state"] == "starting" for facts in engines.values())
         if starting:
             self._heard = now
         if starting or doing != self._doing:
