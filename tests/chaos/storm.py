@@ -27,6 +27,7 @@ import psutil
 
 from raysys.compare import differences
 from raysys.head import Head
+from tests.processes import below, ended, stopped
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
@@ -104,16 +105,14 @@ class Storm:
 
     def _recovered(self, victim: psutil.Process, line: int) -> bool:
         """The next good step is done, and what was stopped is gone: until then its work may still be missing."""
-        ended = self.run.poll() is not None
-        gone = not victim.is_running() or victim.status() == psutil.STATUS_ZOMBIE
-        return ended or (self.lines() > line and gone)
+        return self.run.poll() is not None or (self.lines() > line and ended(victim))
 
     def _find(self, kind: str) -> psutil.Process | None:
         if kind == "driver":
             found = psutil.Process(self.run.pid).children()
         else:
-            found = [one for one in psutil.Process(self._head.pid).children(recursive=True) if self._victims[kind] in _command(one)]
-        alive = [one for one in found if one.is_running() and one.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED)]
+            found = below(psutil.Process(self._head.pid), self._victims[kind])
+        alive = [one for one in found if not ended(one) and not stopped(one)]
         return self._dice.choice(alive) if alive else None
 
     def _until(self, done: Callable[[], bool]) -> None:
@@ -122,13 +121,6 @@ class Storm:
             assert self.run.poll() is None or done(), f"the run ended with {self.run.returncode}:\n{self.tail()}"
             assert time.monotonic() < end, f"nothing for {self._patience:g} s after {self.kills[-1:]}:\n{self.tail()}"
             time.sleep(0.02)
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return ""
 
 
 FAKE_VICTIMS = {"driver": "", "engine": "ray::StormEngine", "trainer": "ray::StormTrainerRank", "scorer": "ray::StormScorer"}

@@ -19,6 +19,7 @@ from raysys import head as heads
 from raysys import submit
 from raysys.errors import ConfigError
 from tests.cluster.conftest import ROOT, plain_env
+from tests.processes import ended
 
 
 def run(command: list[str], env: dict[str, str], checkout: Path) -> subprocess.CompletedProcess[str]:
@@ -142,7 +143,7 @@ def test_local_head_is_started_kept_found_and_stopped(checkout: Path, command: l
     second = run([*command, "echo"], env, checkout)
     assert second.returncode == 0 and "Ray head found" in second.stdout, second.stderr
     assert heads.running(checkout / ".raysys") is None
-    assert not [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert all(ended(process) for process in family)
 
 
 @pytest.mark.e2e

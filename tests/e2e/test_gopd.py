@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ import yaml
 from raysys.config.runs import NewModel
 from raysys.head import Head
 from raysys.models.scratch import new_causal
+from tests.processes import below
 
 ROOT = Path(__file__).resolve().parents[2]
 ADD = {"task": "chain_sum", "params": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}, "style": "scratchpad"}
@@ -62,13 +62,8 @@ class Workplace:
             time.sleep(0.02)
 
     def processes(self, name: str) -> list[psutil.Process]:
-        """Processes of that name under this head, such as vLLM's engines (`EngineCore`)."""
-        found = []
-        for one in psutil.Process(self.head.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # the killed driver's are on their way out
-                if name in " ".join(one.cmdline()):
-                    found.append(one)
-        return found
+        """Those of that name under this head."""
+        return below(psutil.Process(self.head.pid), name)
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         path = self.folder / name / "metrics.jsonl"

@@ -19,6 +19,7 @@ import pytest
 from raysys import head as heads
 from raysys.compare import differences
 from tests.chaos.storm import ROOT, real_command
+from tests.processes import below
 
 pytestmark = [pytest.mark.e2e, pytest.mark.long, pytest.mark.timeout(600)]
 
@@ -26,16 +27,6 @@ STEPS = 24
 _STATUS_SECONDS = 2.5
 """A run's status is written every two seconds."""
 ENGINE, TRAINER = "ray::RolloutWorker", "ray::TrainerWorker"
-
-
-def below(process: psutil.Process, name: str) -> list[psutil.Process]:
-    """Processes of that name among the descendants."""
-    found = []
-    for one in process.children(recursive=True):
-        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if name in " ".join(one.cmdline()):
-                found.append(one)
-    return found
 
 
 class Node:
@@ -59,8 +50,7 @@ class Node:
     def kill(self) -> None:
         """SIGKILL to all of it, the raylet first: as if the machine were gone."""
         with suppress(psutil.NoSuchProcess):
-            family = self.process.children(recursive=True)
-            for one in sorted(family, key=lambda one: "raylet" not in one.name()):
+            for one in [*below(self.process, "raylet"), *self.process.children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess):
                     one.kill()
         self._child.kill()

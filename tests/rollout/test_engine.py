@@ -19,6 +19,7 @@ from raysys.config.parts import Deadlines, Rollout
 from raysys.config.runs import NewModel
 from raysys.rollout.pool import RolloutPool
 from raysys.rollout.spec import RolloutSpec, Sampling
+from tests.processes import ended
 
 pytestmark = [pytest.mark.slow]
 
@@ -148,7 +149,7 @@ def test_an_engine_that_stands_still_is_found_out_and_replaced(pool, folder):
     assert pool.lost == 1
     pool.close()
     until = time.monotonic() + 10
-    while (actor.is_running() or core[0].is_running()) and time.monotonic() < until:
+    while not (ended(actor) and ended(core[0])) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not actor.is_running() and not core[0].is_running()
+    assert ended(actor) and ended(core[0])
     assert "vllm" in (folder / "logs" / "rollout-0.log").read_text().lower()
