@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -53,6 +54,8 @@ def play(config: Mapping[str, Any], launch: Launch) -> None:
     run = config["run"]
     folder = Path(run["folder"])
     folder.mkdir(parents=True, exist_ok=True)
+    if (before := _settled(folder, run["digest"])) is not None:
+        return tune.report(before)
     (folder / OUTCOME).unlink(missing_ok=True)
     _await_release(folder)
     records, last, began = _Records(folder / "metrics.jsonl"), {}, time.monotonic()
@@ -71,7 +74,21 @@ def play(config: Mapping[str, Any], launch: Launch) -> None:
             _end(process)  # Tune stops a trial by a SystemExit out of `report`
     outcome = judge(process.returncode, folder, start) | {"seconds": round(time.monotonic() - began, 1), "config": run["digest"]}
     write_json(folder / OUTCOME, outcome)
-    tune.report({**last, "status": outcome["status"], "reason": outcome["reason"], "exit_code": outcome["exit_code"]})
+    tune.report({**last, **_result(outcome)})
+
+
+def _settled(folder: Path, digest: str) -> dict[str, Any] | None:
+    """The result of a run that ended after Tune's last note of it, as a study that was killed leaves it."""
+    try:
+        outcome = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    there = outcome["status"] == "collapsed" or (outcome["status"] == "done" and (folder / "ledger" / "finished.json").is_file())
+    return _result(outcome) if there and outcome["config"] == digest else None
+
+
+def _result(outcome: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: outcome[name] for name in ("status", "reason", "exit_code")}
 
 
 def _start(run: Mapping[str, Any], launch: Launch, log: Any) -> subprocess.Popen[bytes]:

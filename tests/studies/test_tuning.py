@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from raysys.head import Head
+from raysys.studies import tuning
 
 FAKE_JOB = """
 import json, os, pathlib, signal, sys, time, yaml
@@ -88,6 +90,28 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
     return {run["name"]: run for cell in json.loads(path.read_text())["cells"] for run in cell["runs"]}
 
 
+def test_an_experiment_is_restored_for_just_the_runs_that_it_has_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`a` has ended well, `b` failed, `c` was under way or waiting when the study was killed."""
+    had = {"concurrent": 2, "runs": {"a": "1", "b": "2", "c": "3"}}
+    (tmp_path / "start-1.json").write_text(json.dumps(had))
+    statuses = {"a": "done", "b": "failed", "c": "running"}
+    results = [SimpleNamespace(metrics={"status": status, "config": {"run": {"name": name}}}) for name, status in statuses.items()]
+    restored = SimpleNamespace(get_results=lambda: [*results, SimpleNamespace(metrics=None)])
+    monkeypatch.setattr(tuning.tune.Tuner, "can_restore", lambda path: path == str(tmp_path / "start-1"))
+    monkeypatch.setattr(tuning.tune.Tuner, "restore", lambda *args, **options: restored)
+
+    def found(settled: str, concurrent: int = 2, start: int = 1, **runs: str) -> Any:
+        return tuning._restored(tmp_path / f"start-{start}", None, {"concurrent": concurrent, "runs": runs}, set(settled))
+
+    assert found("ab", c="3") is restored  # as if `b` had collapsed, or was done by hand
+    assert found("ab", c="4") is None and found("ab", c="3", d="1") is None  # another config, a seed that was added
+    assert found("ab", concurrent=4, c="3") is None and found("ab", start=0, c="3") is None
+    assert found("a", c="3") is None  # `b` is not asked for now, and would start
+    assert found("a", b="2", c="3") is None  # for Tune `b` has ended
+    monkeypatch.setattr(tuning.tune.Tuner, "restore", lambda *args, **options: 1 / 0)
+    assert found("ab", c="3") is None
+
+
 @pytest.mark.slow
 def test_a_study_survives_its_runs_and_its_own_end(tmp_path: Path, ray_head: Head) -> None:
     """One run is done, one collapses, one is killed, and the study is killed while one still works; then the same command again."""
@@ -114,11 +138,35 @@ def test_a_study_survives_its_runs_and_its_own_end(tmp_path: Path, ray_head: Hea
     assert again.returncode == 0, output
     assert {name: len(lines) for name, lines in starts(folder).items()} == {f"cell{n}-seed0": 1 + n // 3 for n in (1, 2, 3, 4)}
     assert _statuses(folder) == ["done", "collapsed", "done", "done"]
-    tune = folder / "runs/sft-t/tune/start-2/cell3-seed0"
-    told = [json.loads(line) for line in (tune / "result.json").read_text().splitlines()]
+    tune = sorted((folder / "runs/sft-t/tune").glob("start-*/cell3-seed0"))[-1]  # one more start if Tune had noted the failure
+    told = [json.loads(line) for line in (tune / "result.json").read_text().splitlines()][-4:]
     assert [one["step"] for one in told] == [0, 1, 2, 2] and told[-1]["status"] == "done" and told[-1]["config"]["run"]["cell"] == "cell3"
     assert list(tune.glob("events.out.tfevents*"))
     assert (folder / "runs/sft-t/report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_in_the_same_experiment(tmp_path: Path, ray_head: Head) -> None:
+    """Tune's own experiment is restored: what it has ended is not started again, nor what ended without its knowing."""
+    folder = place(tmp_path)
+    runs_of = folder / "runs/sft-t"
+    killed = study(folder, ray_head, "1,4,5")
+    try:
+        _until(lambda: len(starts(folder)) == 3 and all((runs_of / f"cell{n}-seed0/outcome.json").is_file() for n in (1, 5)))
+        _until(lambda: list((runs_of / "tune/start-1").glob("experiment_state-*.json")))
+    finally:
+        killed.kill()
+        output = killed.communicate()[0]
+    hanging = int(starts(folder)["cell4-seed0"][0][0])
+    _until(lambda: not psutil.pid_exists(hanging))
+    again = study(folder, ray_head, "1,4,5")
+    output += again.communicate(timeout=150)[0]
+    assert again.returncode == 0, output
+    assert "Tune's experiment start-1 is restored" in output and not (runs_of / "tune/start-2").exists()
+    assert {name: len(lines) for name, lines in starts(folder).items()} == {"cell1-seed0": 1, "cell4-seed0": 2, "cell5-seed0": 1}
+    assert _statuses(folder) == ["done", "done", "done"]
+    told = [json.loads(line) for line in (runs_of / "tune/start-1/cell4-seed0/result.json").read_text().splitlines()]
+    assert told[-1]["status"] == "done"
 
 
 def _statuses(folder: Path) -> list[str]:
