@@ -112,13 +112,15 @@ def train(parts: Parts, *, steps: int, batch: int, max_age: int = 0, checkpoint_
     return max(steps, ledger.step)
 
 
-def describe(batch: Batch, version: int) -> dict[str, float]:
+def describe(batch: Batch, version: int) -> dict[str, float | None]:
     """What the batch says of itself: mean reward, response tokens, share cut off, oldest weight version in it."""
-    facts = {"response_tokens": float(np.mean(batch.lengths("response_ids")))}
+    facts: dict[str, float | None] = {"response_tokens": float(np.mean(batch.lengths("response_ids")))}
     if "reward" in batch:
         reward, domains = batch.numbers("reward"), np.array(batch.strings("domain"))
         facts["reward"] = float(np.mean(reward))
         facts |= {f"reward/{name}": float(np.mean(reward[domains == name])) for name in sorted(set(domains.tolist())) if name}
+    elif "version_spans" in batch:
+        facts["reward"] = None  # sampled rows that nothing judges: a reader of `metrics.jsonl` finds the key all the same
     if "stop_reason" in batch:
         facts["truncated"] = float(np.mean([reason == "length" for reason in batch.strings("stop_reason")]))
     if "version_spans" in batch:

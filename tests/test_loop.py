@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from raysys.batch import Batch
 from raysys.config.runs import GopdConfig
 from raysys.errors import CheckpointError, ConfigError
 from raysys.evaluation.during import NoEvaluation
@@ -249,3 +250,13 @@ def test_describe_names_domains_and_age() -> None:
     facts = describe(scored, version=3)
     assert facts["age_max"] == 1.0 and facts["truncated"] == 0.0 and facts["response_tokens"] == 2.0
     assert facts["reward/b"] == pytest.approx((1 / 3 + 1) / 2) and facts["reward/a"] == pytest.approx(2 / 3)
+
+
+def test_describe_has_a_reward_of_sampled_rows_also_where_nothing_judges_them() -> None:
+    trainer = FakeTrainer()
+    trainer.steps = 2
+    scored = FakeScorers().annotate(FakeSource(trainer).take(3, 0))
+    bare = Batch(scored.table.drop_columns("reward"))
+    facts = describe(bare, version=3)
+    assert facts["reward"] is None and not any(name.startswith("reward/") for name in facts)
+    assert "reward" not in describe(Batch(bare.table.drop_columns("version_spans")), version=3), "rows that were not sampled have none"

@@ -165,7 +165,7 @@ def run_lengths(runs: Tensor, run_counts: Tensor) -> Tensor:
             low, row = int(block.min()), int(over.nonzero()[0, 0]) if bool(over.any()) else 0
             told = f"got {low}" if low < -1 else f"row {rows.start + row} has run {int(block[row].max())} of {int(run_counts[rows][row])}"
             raise ValueError(f"runs must be -1 or below the rollout's run count, {told}")
-        first = torch.arange(1, len(block) * slots, slots, device=runs.device)
+        first = 1 + slots * torch.arange(len(block), device=runs.device)
         lengths[rows] = torch.bincount((block + first[:, None]).flatten(), minlength=len(block) * slots).view(-1, slots)
     return lengths[:, 1:]
 

@@ -11,7 +11,8 @@ q the student, p the teacher, both on the data's own prefix; log-probs in nats.
 
 All weights are constants: gradients reach the student's log-probs and nothing else. Signs of k and k' are those of log p - log q, so that
 a probability that underflows keeps its branch. Where paper and the authors' two programs disagree: a tie k = 0 takes Eq. 14 (weight p),
-and the draw is compared with the expert token of its own position.
+the draw is compared with the expert token of its own position, and a logit of -inf is a probability of 0, not a logit of 0. A token that
+the teacher gives 0 and the student does not therefore has a weight of -inf: such a loss is not finite, and nothing here hides it.
 
 SFT, sequence KD, and reverse KL and Jensen-Shannon on data are other weights w* in the same loss, with w = 0. The paper prints the last
 two as divergences; descent takes the opposite sign.

@@ -52,6 +52,11 @@ class CalibAdvObjective:
             importance_cap=config.importance_cap,
         )
 
+    @property
+    def _least(self) -> float:
+        """The threshold as a reward of the record can be it: float32 holds an F1 of exactly 0.7 as a little less."""
+        return float(np.float32(self.threshold))
+
     def queries(self, trainer: Any, batch: Batch) -> None:
         return None
 
@@ -97,7 +102,7 @@ class CalibAdvObjective:
 
         scores: list[list[float] | None] = [None] * len(turns)
         for rows, rollouts in _rollouts(turns, groups, rewards):
-            found = step_scores(rollouts, threshold=self.threshold, similarity=self.similarity, shared=self.shared, form=self.form)
+            found = step_scores(rollouts, threshold=self._least, similarity=self.similarity, shared=self.shared, form=self.form)
             for row, own in zip(rows, found, strict=True):
                 scores[row] = own
         return score_table(scores)
@@ -109,7 +114,7 @@ class CalibAdvObjective:
         turns = [json.loads(text)["turns"] for text in batch.strings("episode")]
         _, groups = np.unique(np.array(batch.strings("prompt_id")), return_inverse=True)
         found = _rollouts(turns, groups, batch.numbers("reward").tolist())
-        return [len(silver_documents(rollouts, threshold=self.threshold, form=self.form)) for _, rollouts in found]
+        return [len(silver_documents(rollouts, threshold=self._least, form=self.form)) for _, rollouts in found]
 
     def loss(self, outputs: Outputs, micro: Micro) -> tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]:
         """The clipped surrogate without a second clip, mean over tokens. Metrics: those of `raysys.methods.gopd.policy_loss`, and

@@ -243,3 +243,10 @@ OF_OTHER_JOBS = {"table": "evaluate", "warm": "sft"}
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_shipped_configs_load(path: Path) -> None:
     CONFIGS["pipeline" if "stages" in read_yaml(path) else OF_OTHER_JOBS.get(path.stem, path.parent.name)].load(path)
+
+
+@pytest.mark.parametrize("job", [job for job in CONFIGS if job != "pipeline"])
+def test_each_job_has_a_config_for_here_and_one_of_its_paper(job: str) -> None:
+    """A pipeline is a list of other jobs' configs and lies beside the first of them."""
+    for name in ("local", "paper"):
+        CONFIGS[job].load(ROOT / "jobs" / "configs" / job / f"{name}.yaml")

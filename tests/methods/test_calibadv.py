@@ -266,6 +266,12 @@ def test_no_rollouts_and_no_tokens():
     assert calibrate(torch.zeros(0), none, torch.zeros(0, 7, dtype=torch.int64), none, torch.zeros(0, 2)).shape == (0, 7)
     two = torch.zeros(2, dtype=torch.int64)
     assert calibrate(torch.rand(2), two, torch.zeros(2, 0, dtype=torch.int64), two + 1, torch.zeros(2, 2)).shape == (2, 0)
+    # No rollout has a run: everything is what the environment said, or padding.
+    for rows in (1, 2, 5):
+        none = torch.zeros(rows, dtype=torch.int64)
+        found = calibrate(torch.rand(rows), none, torch.full((rows, 3), -1), none, torch.zeros(rows, 2))
+        assert torch.equal(found, torch.zeros(rows, 3))
+        assert run_lengths(torch.full((rows, 3), -1), none).shape == (rows, 0)
 
 
 def test_run_lengths_and_the_table_of_scores():

@@ -284,6 +284,22 @@ def test_a_tie_takes_the_teachers_probability() -> None:
     assert told["reinforced"] == told["suppressed"] == 0 and told["forward_kl_data"] == 0
 
 
+def test_a_logit_of_minus_infinity_is_a_probability_of_zero() -> None:
+    """One of the authors' programs makes such logits 0. Here they leave the softmax: as if the id were not in the vocabulary."""
+    (student, teacher), (expert, draw, mask) = logits(6), tokens(6)
+    gone = V - 1
+    expert, draw = expert % gone, draw % gone
+    less, less_teacher = student.detach().clone(), teacher.clone()
+    less[..., gone] = less_teacher[..., gone] = -math.inf
+    less.requires_grad_()
+    value, told = hpd.loss(less, less_teacher, expert, mask, draw)
+    want, want_told = hpd.loss(student[..., :gone], teacher[..., :gone], expert, mask, draw)
+    torch.testing.assert_close(value, want, rtol=0, atol=1e-14)
+    (grad,), (want_grad,) = torch.autograd.grad(value, less), torch.autograd.grad(want, student)
+    torch.testing.assert_close(grad, want_grad, rtol=0, atol=1e-14)
+    torch.testing.assert_close(told["entropy"], want_told["entropy"], rtol=0, atol=1e-14)
+
+
 def test_metrics_by_hand() -> None:
     (student, teacher), (expert, draw, mask) = logits(5), tokens(5)
     _, told = hpd.loss(student, teacher, expert, mask, draw)

@@ -109,6 +109,24 @@ def test_rows_that_are_no_episodes_are_refused() -> None:
         CalibAdvObjective().advantages(Batch(batch().table.drop_columns(["runs"])))
 
 
+def test_2_what_the_environment_said_has_no_part_but_by_its_documents() -> None:
+    rows = batch()
+    ids, runs = rows.ragged("response_ids"), rows.ragged("runs")
+    other = rows.with_columns(response_ids=Ragged(np.where(runs.values < 0, 96, ids.values).astype(np.int32), ids.offsets))
+    plain, changed = (CalibAdvObjective().advantages(one).ragged("advantages").values for one in (rows, other))
+    assert np.array_equal(plain, changed) and not plain[runs.values < 0].any()
+
+
+@pytest.mark.parametrize("form", ["code", "paper"])
+def test_a_reward_of_the_threshold_makes_its_documents_silver(form) -> None:
+    """F1 of 7 words of 10 and 10 is 0.7; as float32, which the record holds, that is 0.69999999."""
+    rows = batch().with_columns(reward=[0.7, 0.0, 0.0, 0.0, 0.0])
+    objective = CalibAdvObjective(form=form)
+    assert objective.silver_sizes(rows) == [4, 0]
+    assert objective.given(rows)["step_scores"][1, 0] == 1.0
+    assert objective.silver_sizes(rows.with_columns(reward=[0.6999, 0.0, 0.0, 0.0, 0.0])) == [0, 0]
+
+
 def test_an_episode_without_generations_has_no_part() -> None:
     nothing = (
         batch()
