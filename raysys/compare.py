@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from raysys.errors import ConfigError
+from raysys.files import read_json_lines
 
 TIMES = ("seconds", "recovered")
 
@@ -52,5 +52,4 @@ def _same(left: Any, right: Any, tolerance: float) -> bool:
 
 
 def _records(folder: Path) -> dict[int, dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return {record["step"]: record for record in map(json.loads, lines)}
+    return {record["step"]: record for _, record in read_json_lines(folder / "metrics.jsonl")}
