@@ -13,6 +13,14 @@ def ended(process: psutil.Process) -> bool:
         return True
 
 
+def gone(pid: int) -> bool:
+    """As `ended`, of whom only the id is known."""
+    try:
+        return ended(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return True
+
+
 def stopped(process: psutil.Process) -> bool:
     """Standing still after SIGSTOP."""
     try:

@@ -44,7 +44,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(following, f"_{name}_SECONDS", seconds)
 
 
-def test_polls_that_fail_for_a_moment_are_nothing() -> None:
+def test_polls_that_fail_for_a_moment_are_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following, "_PATIENCE_SECONDS", 30.0)
     client = Client([LOST, "RUNNING", RuntimeError("Request failed with status code 500: x"), LOST, "FAILED"])
     assert following.follow(client, "j", "http://a:1") == 4
 
@@ -70,10 +71,13 @@ def test_the_output_goes_on_however_often_the_connection_is_lost(capsys: pytest.
     ended = threading.Event()
     printer = threading.Thread(target=following._print_logs, args=(client, "j", ended))
     printer.start()
-    time.sleep(0.5)
+    end = time.monotonic() + 30
+    while len(client.tails) > 1 and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.3)  # the last one, again and again
     assert printer.is_alive(), "the job has not ended"
     client.polls = ["SUCCEEDED"]
-    printer.join(timeout=5)
+    printer.join(timeout=30)
     assert not printer.is_alive() and capsys.readouterr().out == "".join(lines)
 
 

@@ -82,7 +82,10 @@ def head(home: Path, dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> I
     process.wait()
 
 
-def test_a_head_that_is_slow_to_answer_is_asked_again(home: Path, head: Head, dashboard: Dashboard) -> None:
+def test_a_head_that_is_slow_to_answer_is_asked_again(
+    home: Path, head: Head, dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads, "PATIENCE_SECONDS", 30.0)
     dashboard.hangs = 1
     assert heads.running(home) == head and dashboard.asked == 2
 
@@ -153,10 +156,13 @@ def test_a_head_that_does_not_say_who_works_on_it_stays(
     with borrow.borrowed(home) as (_, found):
         assert found
         dashboard.hangs = 10**6
-    assert head.alive() and "--stop-head ends it" in capsys.readouterr().out and time.monotonic() - began < 5
+    assert head.alive() and "--stop-head ends it" in capsys.readouterr().out and time.monotonic() - began < 20
 
 
-def test_who_has_just_ended_may_be_listed_for_a_moment(home: Path, head: Head, dashboard: Dashboard) -> None:
+def test_who_has_just_ended_may_be_listed_for_a_moment(
+    home: Path, head: Head, dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(borrow, "_PARTING_SECONDS", 30.0)
     with borrow.borrowed(home):
         dashboard.lists = [BY_HAND]
         threading.Timer(0.1, dashboard.lists.clear).start()

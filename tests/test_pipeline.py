@@ -27,7 +27,8 @@ print("training", config["name"], "from", config.get("student"), os.environ.get(
 if (folder.parent / "fail").exists():
     sys.exit(3)
 if (folder.parent / "wait").exists():
-    (folder / "pid").write_text(str(os.getpid()))
+    (folder / "pid.draft").write_text(str(os.getpid()))
+    (folder / "pid.draft").rename(folder / "pid")  # whole, for who waits for it
     time.sleep(60)
 for number, label in enumerate(config.get("models", {})):
     fact = {"mean": number / 4, "low": 0.0, "high": 1.0, "n": 8}
@@ -240,13 +241,13 @@ def test_a_signal_ends_the_running_stage_too(place: Path, signum: signal.Signals
     process = subprocess.Popen(
         [sys.executable, "-c", launcher], env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not (base / "pid").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(0.2)
+    time.sleep(0.2)  # whoever started it reads its output by then
     stage = int((base / "pid").read_text())
     os.killpg(process.pid, signum)
-    output, _ = process.communicate(timeout=15)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signum, output.decode()
     assert not Path(f"/proc/{stage}").exists()
     assert b"the same command goes on" in output

@@ -36,7 +36,8 @@ with supervise.beating(folder / "pulse"):
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "stop":
-        time.sleep(1.5)
+        while not (folder / "pulse").exists():  # before its first beat it would have the minute that a start may take
+            time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGSTOP)
     if how == "sleep":
         try:
@@ -85,7 +86,7 @@ def test_a_driver_that_stands_still_is_killed_and_started_again(tmp_path: Path, 
     monkeypatch.setattr(supervise, "_PAUSE_SECONDS", 0.0)
     began = time.monotonic()
     assert run(tmp_path, "stop", "0", silence=3.0) == (0, 2)
-    assert 3.0 < time.monotonic() - began < 30.0
+    assert 3.0 < time.monotonic() - began < 50.0
 
 
 SUPERVISE = "import sys; from pathlib import Path; from raysys import supervise; f = Path(sys.argv[1]); "
@@ -97,14 +98,14 @@ def test_a_signal_to_stop_reaches_the_driver_and_a_killed_supervisor_takes_it_al
         folder = tmp_path / how.name
         folder.mkdir()
         supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISE, str(folder), *command(folder, "sleep")])
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while not (folder / "pulse").exists():
             assert time.monotonic() < end
             time.sleep(0.05)
         (driver,) = psutil.Process(supervisor.pid).children()
         os.kill(supervisor.pid, how)
-        assert supervisor.wait(timeout=15) == (130 if how == signal.SIGTERM else -signal.SIGKILL)
-        driver.wait(timeout=10)
+        assert supervisor.wait(timeout=30) == (130 if how == signal.SIGTERM else -signal.SIGKILL)
+        driver.wait(timeout=30)
         assert (folder / "cleaned").exists() == (how == signal.SIGTERM)
 
 
@@ -123,7 +124,7 @@ die_with_parent(supervise.supervisor())
 
 
 def awaited(path: Path) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while not path.exists():
         assert time.monotonic() < end, path
         time.sleep(0.02)
@@ -138,7 +139,7 @@ def test_a_supervisor_that_is_killed_before_the_driver_looks_takes_it_along(tmp_
     supervisor.kill()
     supervisor.wait()
     (tmp_path / "go").touch()
-    driver.wait(timeout=15)
+    driver.wait(timeout=30)
     assert not (tmp_path / "orphan").exists()
 
 

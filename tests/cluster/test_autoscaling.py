@@ -168,7 +168,12 @@ class Cluster:
 
     def nodes(self) -> list[psutil.Process]:
         """The raylets but the head's own."""
-        return [one for one in self.below() if command(one).partition(" ")[0].endswith("/raylet") and one.ppid() != self.head.pid]
+        found = []
+        for one in self.below():
+            with suppress(psutil.NoSuchProcess):  # it may end between two questions
+                if command(one).partition(" ")[0].endswith("/raylet") and one.ppid() != self.head.pid:
+                    found.append(one)
+        return found
 
 
 def command(process: psutil.Process) -> str:
@@ -260,9 +265,10 @@ class Run:
 
 def kill(raylet: psutil.Process) -> None:
     """A node as a whole, as if its machine were gone."""
-    for process in [raylet, *raylet.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    with suppress(psutil.NoSuchProcess):
+        for process in [raylet, *raylet.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 STEPS = 40

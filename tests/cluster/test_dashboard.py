@@ -301,7 +301,7 @@ def test_a_head_shows_what_a_driver_sets(ray_head: Head, tmp_path: Path) -> None
         try:
             assert driver.stdout is not None and driver.stdout.readline().strip() == "set"
             file = ray_head_list(ray_head)
-            deadline = time.monotonic() + 15
+            deadline = time.monotonic() + 60
             while missing := [key for key, labels in wanted.items() if not any(shows(one, *key, labels) for one in samples(file))]:
                 assert time.monotonic() < deadline, f"not at the endpoints of {file}: {missing}"
                 time.sleep(0.25)

@@ -19,7 +19,7 @@ from raysys.compression.packed import write_plain
 from raysys.compression.shards import Checkpoint
 from tests.compression.models import logits_of, qwen3, qwen3_moe, rounded
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PROMPTS = [list(range(3 + start, 33 + start)) for start in (0, 17, 40)]
 SCRIPT = textwrap.dedent("""

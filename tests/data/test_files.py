@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from pathlib import Path
@@ -112,7 +111,7 @@ def test_many_units_windows_and_files(tmp_path: Path, tiny: str, cluster, monkey
         assert resumed.take(len(piece)).table.equals(piece.table)
         resumed.close()
     straight.close()
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 30
     while any(thread.name == "data reader" for thread in threading.enumerate()) and time.monotonic() < ends:
         time.sleep(0.05)
     assert not any(thread.name == "data reader" for thread in threading.enumerate())
@@ -177,7 +176,7 @@ def test_a_damaged_file_is_an_error_of_ours(tmp_path: Path, tiny: str, cluster) 
     parquet.write_table(pa.Table.from_pylist(rows(2000)), path, compression="none")
     source = stream(str(path), tiny)
     whole = bytearray(path.read_bytes())
-    whole[10:4000] = os.urandom(3990)
+    whole[10:4000] = np.random.default_rng(0).bytes(3990)
     path.write_bytes(whole)
     with pytest.raises((DataError, InfrastructureError), match=r"rows\.parquet: row group 0 cannot be read"):
         source.take(5)

@@ -17,6 +17,7 @@ from raysys.data.token_plan import Mixture, Plan, SourceOrder, check_same, count
 from raysys.data.token_stream import Packed, TokenStream
 from raysys.data.tokenise import tokenise_all
 from raysys.errors import CheckpointError, ConfigError, DataError, DeadlineError
+from raysys.files import write_atomically
 
 
 def here(work, units, tasks):
@@ -229,7 +230,7 @@ def test_waits_for_units_and_counts_the_stall(tmp_path: Path, bytewise: str) -> 
     expected = plain(opened(cache).take(0))
     path.write_text(json.dumps({"counts": {}, "error": None}))
     stream = opened(cache)
-    timer = threading.Timer(0.5, lambda: path.write_text(whole))
+    timer = threading.Timer(1.5, write_atomically, (path, whole))  # as the driver writes it, under the stream's eyes
     timer.start()
     assert stream.available is None
     assert plain(stream.take(0)) == expected and stream.stall_seconds > 0.3
@@ -250,7 +251,7 @@ def test_the_next_window_is_read_in_the_meantime(cache: TokenCache) -> None:
         assert len(stream._windows) <= 2 * len(cache.plan.units), "one window of each source, and the one behind it"
         newest = {label: max(key[1:] for key in stream._windows if key[0] == label) for label in {key[0] for key in stream._windows}}
         assert len(newest) == 2
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 30
     while not all(window.done() for window in stream._windows.values()) and time.monotonic() < ends:
         time.sleep(0.01)
     assert all(window.done() for window in stream._windows.values())

@@ -108,6 +108,6 @@ def test_wrong_input_is_one_line_before_any_actor(place: Workplace, config: dict
             ("rollout.replay=x", "this job writes its answers to data/"),
         )
     ):
-        assert place.start("generate", f"wrong-{number}", wrong, *small, override).wait(timeout=60) in (1, 2)
+        assert place.start("generate", f"wrong-{number}", wrong, *small, override).wait(timeout=120) in (1, 2)
         lines = [line for line in (place.folder / f"wrong-{number}.log").read_text().splitlines() if line.startswith("error: ")]
         assert len(lines) == 1 and told in lines[0], lines

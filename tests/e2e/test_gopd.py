@@ -278,19 +278,19 @@ def by_label(folder: Path) -> dict[str, list[Any]]:
 def test_what_cannot_work_is_one_line_before_any_actor(place: Workplace, tied: Path, override: str, told: str) -> None:
     name = f"wrong-{override.partition('=')[0]}"
     driver = place.start("gopd", name, gopd(tied, {"rev": tied}, {"rev": REV}, steps=1), override)
-    assert driver.wait(timeout=60) == 2
+    assert driver.wait(timeout=120) == 2
     lines = [line for line in (place.folder / f"{name}.log").read_text().splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and told in lines[0]
 
 
 def test_a_finished_run_prints_its_report_and_leaves(place: Workplace, tied: Path) -> None:
-    began = time.monotonic()
+    before = (tied / "metrics.jsonl").read_bytes()
     driver = place.start("sft", "tied", sft(True, {"add": ADD, "rev": REV}, steps=5))
-    assert driver.wait(timeout=60) == 0 and time.monotonic() - began < 30
-    assert "finished already; report:" in (place.folder / "tied.log").read_text()
+    assert driver.wait(timeout=120) == 0
+    assert "finished already; report:" in (place.folder / "tied.log").read_text() and (tied / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_identity_in_the_same_folder_is_refused(place: Workplace, tied: Path) -> None:
     driver = place.start("sft", "tied", sft(True, {"add": ADD, "rev": REV}, steps=5, learning_rate=1e-5))
-    assert driver.wait(timeout=60) == 2
+    assert driver.wait(timeout=120) == 2
     assert "learning_rate: 0.004 -> 1e-05" in (place.folder / "tied.log").read_text()

@@ -17,7 +17,7 @@ from raysys.data.local_text import train_tokenizer
 from raysys.head import Head
 from tests.e2e.test_gopd import Workplace
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 STEPS = 12
 TIMES = {"tokens_per_second"}
 

@@ -106,7 +106,7 @@ def test_a_search_service_that_is_killed_costs_time_and_nothing_else(place: Work
         done = len(place.metrics("killed"))
         assert done < STEPS, "a step under way when the service died may end, no other"
         service.start()
-        assert run.wait(timeout=180) == 0, (place.folder / "killed.log").read_text()[-3000:]
+        assert run.wait(timeout=300) == 0, (place.folder / "killed.log").read_text()[-3000:]
         assert time.monotonic() - began > AWAY_SECONDS
     finally:
         service.kill()
@@ -128,7 +128,7 @@ def test_without_a_service_the_run_searches_by_itself(place: Workplace) -> None:
     place.await_lines(run, "own", 2)
     (victim,) = place.processes("ray::LocalSearch")
     victim.kill()
-    assert run.wait(timeout=180) == 0, (place.folder / "own.log").read_text()[-3000:]
+    assert run.wait(timeout=300) == 0, (place.folder / "own.log").read_text()[-3000:]
     assert len(place.metrics("own")) == STEPS and all(step["reward"] > 0.8 for step in place.metrics("own"))
     found = [json.loads(line) for line in (place.folder / "own" / "evaluation.jsonl").read_text().splitlines()]
     assert [one["label"] for one in found] == ["before", "after"]

@@ -140,7 +140,7 @@ def test_what_dies_and_who_answers_changes_nothing(tmp_path: Path, teachers: dic
     for what in ("actor-dies", "engine-dies"):
         (Path(teachers["rev"]) / what).touch()
     (Path(teachers["add"]) / "hangs").touch()
-    answered(tmp_path / "troubled", config(teachers, rollout={"workers": 2, "max_sequences": 8}, deadlines={"generate": 1.0}))
+    answered(tmp_path / "troubled", config(teachers, rollout={"workers": 2, "max_sequences": 8}, deadlines={"generate": 5.0}))
     assert data(tmp_path / "troubled") == whole and metrics(tmp_path / "troubled") == lines
     assert not list(Path(teachers["rev"]).glob("*-dies")) and not (Path(teachers["add"]) / "hangs").exists(), "all of it happened"
 

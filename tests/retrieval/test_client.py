@@ -26,11 +26,12 @@ Story = Callable[[SearchClient], Awaitable[None]]
 
 
 class Scripted:
-    """A service that answers as told, request by request, and well afterwards; a query is answered with itself."""
+    """A service that answers as told, request by request, and well afterwards; a query is answered with itself. "hang": only at its end."""
 
     def __init__(self, *script: str):
         self.script = list(script)
         self.seen: list[dict[str, Any]] = []
+        self.over = False
         app = fastapi.FastAPI()
 
         @app.post("/retrieve")
@@ -44,8 +45,10 @@ class Scripted:
 
     async def answer(self, queries: list[str], how: str) -> Response:
         good = {"result": [[{"document": {"id": query, "contents": query}, "score": 1.0}] for query in queries]}
-        if how == "hang":
-            await asyncio.sleep(1.0)
+        while how == "hang" and not self.over:
+            await asyncio.sleep(0.02)
+        if how == "late":
+            await asyncio.sleep(0.3)
         if how == "html":
             return HTMLResponse("<html><h1>Bad gateway</h1></html>")
         if how == "count":
@@ -62,12 +65,13 @@ class Scripted:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.over = True
         self.running.stop()
 
 
 def tell(url: str, story: Story, **changes: Any) -> SearchClient:
-    """Runs a story with a client of short patience."""
-    quick: dict[str, Any] = {"backoff": 0.01, "longest_backoff": 0.1, "timeout": 2.0, "deadline": 10.0, "gather": 0.001}
+    """Runs a story with a client that soon tries again, of a patience that a busy machine does not end."""
+    quick: dict[str, Any] = {"backoff": 0.01, "longest_backoff": 0.1, "timeout": 20.0, "deadline": 60.0, "gather": 0.001}
 
     async def told() -> SearchClient:
         async with SearchClient(SearchSettings(url=url, **{**quick, **changes})) as client:
@@ -118,7 +122,7 @@ def test_a_fault_that_passes_is_not_noticed(how: str) -> None:
         assert [each[0].id for each in await client.search(["a", "b"])] == ["a", "b"]
 
     with Scripted(how, how) as service:
-        client = tell(service.url, story, timeout=0.3)
+        client = tell(service.url, story, **({"timeout": 1.5} if how == "hang" else {}))
         assert client.state()["failures"] == 2 and len(service.seen) == 3
 
 
@@ -175,10 +179,14 @@ def test_a_service_that_is_away_for_a_second_costs_time_and_nothing_else(local: 
     port = int(running.url.rpartition(":")[2])
     back: list[Running] = []
 
+    away: list[float] = []
+
     def outage() -> None:
+        began = time.monotonic()
         running.stop()
         time.sleep(1.0)
         back.append(Running(create_app(local), port=port))
+        away.append(time.monotonic() - began)
 
     async def story(client: SearchClient) -> None:
         async def episode(number: int) -> list[str]:
@@ -195,7 +203,7 @@ def test_a_service_that_is_away_for_a_second_costs_time_and_nothing_else(local: 
         assert found == [[["30", "2", "9"][(number + step) % 3] for step in range(30)] for number in range(16)]
         state = client.state()
         assert state["outages"] >= 1 and state["paused_s"] > 0.5 and not state["paused_now"]
-        assert state["failures"] < 60, "while it was away only probes went out"
+        assert state["failures"] < 30 + 20 * away[0], "while it was away only probes went out, twenty a second at most"
 
     try:
         tell(running.url, story)
@@ -221,19 +229,19 @@ def test_an_outage_longer_than_the_deadline_is_an_error_for_all_who_wait() -> No
         assert all(isinstance(each, SearchError) and "ClientConnectorError" in str(each) for each in found)
         with pytest.raises(SearchError, match="0 attempts"):
             await client.wait_healthy(0.1)
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 6, "all at the same time: one pair after another would take 10 s"
 
     with Running(create_app(None)) as gone:  # type: ignore[arg-type]
         pass
-    tell(gone.url, story, deadline=0.6, batch=2, parallel=2)
+    tell(gone.url, story, deadline=2.0, batch=2, parallel=2)
 
 
 def test_who_shares_a_request_with_one_that_asked_long_before_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The service comes back after the others' deadline and before the last one's, which goes with the second."""
-    began = time.monotonic()
+    back = asyncio.Event()
 
     async def post(client: SearchClient, queries: list[str], topk: int) -> list[list[Document]]:
-        if time.monotonic() - began < 0.5:
+        if not back.is_set():
             raise Failed("away")
         return [[Document(query, "", query)] for query in queries]
 
@@ -244,11 +252,13 @@ def test_who_shares_a_request_with_one_that_asked_long_before_has_its_own_time(m
             await asyncio.sleep(after)
             return await client.search([str(after)])
 
-        *lost, found = await asyncio.gather(*(asked(after) for after in (0.0, 0.02, 0.3)), return_exceptions=True)
-        assert all(isinstance(each, SearchError) for each in lost) and not isinstance(found, BaseException)
-        assert found[0][0].id == "0.3" and time.monotonic() - began < 0.7
+        *early, last = (asyncio.ensure_future(asked(after)) for after in (0.0, 0.02, 1.0))
+        lost = await asyncio.gather(*early, return_exceptions=True)
+        assert all(isinstance(each, SearchError) for each in lost) and not last.done()
+        back.set()
+        assert (await last)[0][0].id == "1.0"
 
-    tell("http://127.0.0.1:9", story, deadline=0.4, parallel=1, longest_backoff=0.02)
+    tell("http://127.0.0.1:9", story, deadline=2.0, parallel=1, longest_backoff=0.02)
 
 
 def test_queries_of_many_episodes_share_requests(url: str) -> None:
@@ -266,7 +276,7 @@ def test_a_caller_that_gives_up_takes_nobody_with_it() -> None:
         gone.cancel()
         assert (await stays)[0][0].id == "b"
 
-    with Scripted("hang") as service:
+    with Scripted("late") as service:
         tell(service.url, story)
 
 

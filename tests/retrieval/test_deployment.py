@@ -27,14 +27,14 @@ def test_an_application_scales_between_its_bounds_and_serves_the_same_routes(wri
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 def test_replicas_on_a_live_cluster_answer_as_the_index_does(write: Writer, local: LocalSearch, ray_head: Head) -> None:
     app = serve_app(IndexSettings(corpus=str(write(ROWS))), min_replicas=2, max_replicas=2, cpus=0.1)
     port = free_port()
 
     async def story() -> None:
         client = SearchClient(SearchSettings(url=f"http://127.0.0.1:{port}"))
-        await client.wait_healthy(30)
+        await client.wait_healthy(60)
         queries = ["yen", "capital of France", "volcanoes"]
         for _ in range(4):  # both replicas have their turn
             assert await client.search(queries, 2) == await local.search(queries, 2)

@@ -101,7 +101,7 @@ def test_single_queries_share_a_call_while_one_is_under_way(local: LocalSearch) 
 
         def find(self, queries: Any, *_: Any, **__: Any) -> list[list[Found]]:
             calls.append(len(queries))
-            time.sleep(0.1)
+            time.sleep(0.5)
             return [[Found("1", query, 1.0)] for query in queries]
 
     with Running(create_app(Slow(), threads=1)) as running:
@@ -148,7 +148,7 @@ def test_the_command_builds_serves_and_ends_in_good_order(write: Writer) -> None
         assert url.startswith("http://127.0.0.1:")
         assert post(url, {"queries": ["yen"], "topk": 1}) == (200, {"result": [[ROWS[2]["contents"]]]})
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0
     finally:
         process.kill()
         process.wait()

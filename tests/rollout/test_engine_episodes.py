@@ -59,7 +59,7 @@ def pool(ray_head: Any, folder: Path) -> Iterator[RolloutPool]:
         str(folder), device="cpu", dtype="float32", max_model_len=200, config=config, log_dir=str(folder / "logs"), episodes=episodes
     )
     try:
-        with RolloutPool(config, spec, Deadlines(placement=60, start=200, generate=200, heartbeat=8)) as pool:
+        with RolloutPool(config, spec, Deadlines(placement=60, start=200, generate=200, heartbeat=60)) as pool:
             pool.start()
             yield pool
     finally:

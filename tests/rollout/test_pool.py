@@ -97,19 +97,19 @@ SAMPLING = Sampling(max_tokens=4, seed=0)
 
 
 def test_a_row_that_cannot_be_sampled_is_named_with_its_causes_and_the_others_go_on():
-    with pool(2, retries=1, generate=2.0) as group:
+    with pool(2, retries=1, generate=5.0) as group:
         group.start()
         with pytest.raises(DataError, match=r"sample p0/0 could not be drawn: this row is no good \("):
             group.generate(prompts([97, 5]), SAMPLING)
         with pytest.raises(InfrastructureError, match="p1/0 could not be drawn: RuntimeError: boom; then RuntimeError: boom"):
             group.generate(prompts([5, 96]), SAMPLING)
-        with pytest.raises(InfrastructureError, match=r"no answer from rollout worker \d in 2 s \(deadlines.generate\); then no answer"):
+        with pytest.raises(InfrastructureError, match=r"no answer from rollout worker \d in 5 s \(deadlines.generate\); then no answer"):
             group.generate(prompts([98, 5]), SAMPLING)
         assert group.lost == 0 and group.counts() == {"redispatched": 2, "duplicates": 0, "lost_workers": 0}
         with pytest.raises(InfrastructureError, match="token ids from 5000 to 5000, the vocabulary has 1000"):
             group.generate(prompts([95]), SAMPLING)
         assert group.lost == 2, "a worker that answers nonsense is not believed again"
-        group.wait(lambda: bool(group.workers), "start", limit=60)  # two seconds are too few for a process to start
+        group.wait(lambda: bool(group.workers), "start", limit=60)  # five seconds are too few for a process to start
         assert len(group.generate(prompts([5, 6, 7]), SAMPLING)) == 3
 
 
@@ -159,7 +159,7 @@ def test_workers_that_die_with_no_sample_in_between_end_the_run():
 
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_worker_that_dies_or_falls_silent_is_replaced(signal_):
-    with pool(2, heartbeat=2.0) as group:
+    with pool(2, heartbeat=5.0, generate=120.0) as group:
         group.start()
         pids = [fact["pid"] for fact in group.facts]
         os.kill(pids[0], signal_)
@@ -167,8 +167,8 @@ def test_a_worker_that_dies_or_falls_silent_is_replaced(signal_):
         for _ in range(4):
             assert len(group.generate(prompts(list(range(3, 60))), SAMPLING)) == 57
         group.wait(lambda: len(group.workers) == 2, "start")
-        assert group.lost == 1 and time.monotonic() - began < 30
-        until = time.monotonic() + 10
+        assert group.lost == 1 and time.monotonic() - began < 90
+        until = time.monotonic() + 30
         while psutil.pid_exists(pids[0]) and time.monotonic() < until:
             time.sleep(0.1)
         assert not psutil.pid_exists(pids[0]), "what is given up must not go on holding its place"
@@ -187,7 +187,7 @@ def test_the_pool_grows_into_the_room_there_is_and_gives_it_back():
 
 
 def test_a_worker_that_has_a_little_to_do_now_and_then_is_kept():
-    with pool("1..2", release_after=1.5) as group:
+    with pool("1..2", release_after=5.0) as group:
         group.start()
         tickets = group.submit(prompts([98] * 200), SAMPLING, deque())
         group.wait(lambda: len([worker for worker in group.workers if worker.state == "ready"]) == 2, "start")
@@ -195,7 +195,7 @@ def test_a_worker_that_has_a_little_to_do_now_and_then_is_kept():
         names = {worker.name for worker in group.workers}
         for _ in range(8):  # a moment's work, and longer than `release_after` in all
             assert len(group.generate(prompts(list(range(3, 20))), SAMPLING)) == 17
-            time.sleep(0.4)
+            time.sleep(1.0)
         assert {worker.name for worker in group.workers} == names
 
 

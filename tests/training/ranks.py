@@ -19,7 +19,11 @@ class Ranks:
     """
 
     def __init__(self, count: int, imports: list[str] | None = None):
-        self.count, self.port = count, _free_port()
+        self.count = count
+        self._held = socket.socket()  # so that nobody else gets the port until the ranks meet there, be it in the hundredth test
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the ranks may have it all the same
+        self._held.bind(("", 0))
+        self.port = self._held.getsockname()[1]
         context = mp.get_context("spawn")
         if imports is not None:
             context = mp.get_context("forkserver")
@@ -37,7 +41,7 @@ class Ranks:
             pipe.send((function, arguments))
         replies = []
         for pipe in self._pipes:
-            assert pipe.poll(120), f"{function.__name__} did not finish"
+            assert pipe.poll(240), f"{function.__name__} did not finish"
             replies.append(pipe.recv())
         for result, error in replies:
             if error is not None:
@@ -50,12 +54,7 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+        self._held.close()
 
 
 def _serve(rank: int, count: int, port: int, pipe: Any) -> None:

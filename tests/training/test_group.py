@@ -101,15 +101,15 @@ def test_a_killed_rank_is_the_first_cause(cluster, models):
         with pytest.raises(InfrastructureError, match=r"trainer rank 1 died during 'train a step'"):
             for _ in range(20):
                 trainer.step(batch)
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 50
     assert trainer.workers == []
 
 
 @pytest.mark.slow
 def test_a_hanging_rank_meets_the_deadline(cluster, models):
-    with group(models["tied"], train_seconds=3) as trainer:
+    with group(models["tied"], train_seconds=15) as trainer:
         (rank,) = trainer.start()
         trainer.step(gopd_batch())
         os.kill(rank["pid"], signal.SIGSTOP)
-        with pytest.raises(DeadlineError, match=r"trainer rank 0 .*'train a step' within 3 s .*deadlines.train"):
+        with pytest.raises(DeadlineError, match=r"trainer rank 0 .*'train a step' within 15 s .*deadlines.train"):
             trainer.step(gopd_batch())

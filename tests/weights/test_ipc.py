@@ -308,8 +308,8 @@ def test_a_rank_that_fails_or_is_late_stops_the_push_as_the_trainer_and_costs_no
         twin_pusher(trainer, pool).push(1)
     assert trainer.log[-1] == "withdraw" and not pool.lost
     trainer.parts = {1: Stuck.remote().part.remote()}
-    with pytest.raises(DeadlineError, match=r"the trainer did not finish 'give its part of 'update'' within 1 s .*deadlines.push"):
-        twin_pusher(trainer, pool, seconds=1).push(2)
+    with pytest.raises(DeadlineError, match=r"the trainer did not finish 'give its part of 'update'' within 5 s .*deadlines.push"):
+        twin_pusher(trainer, pool, seconds=5).push(2)
     assert trainer.log[-1] == "withdraw" and not pool.lost
 
 

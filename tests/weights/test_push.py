@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -176,7 +175,7 @@ def test_a_push_does_not_wait_for_samples_under_way_and_each_token_is_of_the_wei
         before = place.trainer.copy()
         inbox: deque[Result] = deque()
         tickets = place.pool.submit(rows, sampling, inbox)
-        time.sleep(0.1)
+        place.pool.wait(lambda: len(inbox) > 0, "generate")  # noqa: B023  called at once
         place.trainer.move(first + 1)
         place.pusher().push(first + 1)
         unfinished = len(tickets) - len(inbox)
