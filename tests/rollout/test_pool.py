@@ -10,7 +10,6 @@ import time
 from collections import deque
 
 import numpy as np
-import psutil
 import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -24,6 +23,7 @@ from raysys.rollout.results import Result
 from raysys.rollout.serving import Response, Serving
 from raysys.rollout.source import OnPolicySource
 from raysys.rollout.spec import RolloutSpec, Sampling
+from tests.processes import gone
 
 
 class Echo(Serving):
@@ -169,9 +169,9 @@ def test_a_worker_that_dies_or_falls_silent_is_replaced(signal_):
         group.wait(lambda: len(group.workers) == 2, "start")
         assert group.lost == 1 and time.monotonic() - began < 90
         until = time.monotonic() + 30
-        while psutil.pid_exists(pids[0]) and time.monotonic() < until:
+        while not gone(pids[0]) and time.monotonic() < until:
             time.sleep(0.1)
-        assert not psutil.pid_exists(pids[0]), "what is given up must not go on holding its place"
+        assert gone(pids[0]), "what is given up must not go on holding its place"
 
 
 def test_the_pool_grows_into_the_room_there_is_and_gives_it_back():

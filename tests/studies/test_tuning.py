@@ -10,12 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
 from raysys.head import Head
 from raysys.studies import tuning
+from tests.processes import gone
 
 FAKE_JOB = """
 import json, os, pathlib, signal, sys, time, yaml
@@ -132,7 +132,7 @@ def test_a_study_survives_its_runs_and_its_own_end(tmp_path: Path, ray_head: Hea
     assert found["cell2-seed0"]["reason"] == "training has collapsed: so" and found["cell3-seed0"]["reason"] == "killed by SIGKILL"
     assert found["cell1-seed0"]["values"] == {"f1": 0.5, "loss": 1 / 3} and "cell1-seed0: step 3/3  loss 0.3333" in output
     hanging = int(begun["cell4-seed0"][0][0])
-    _until(lambda: not psutil.pid_exists(hanging))
+    _until(lambda: gone(hanging))
 
     again = study(folder, ray_head, "1,2,3,4")
     output = again.communicate(timeout=200)[0]
@@ -147,6 +147,7 @@ def test_a_study_survives_its_runs_and_its_own_end(tmp_path: Path, ray_head: Hea
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_study_goes_on_in_the_same_experiment(tmp_path: Path, ray_head: Head) -> None:
     """Tune's own experiment is restored: what it has ended is not started again, nor what ended without its knowing."""
     folder = place(tmp_path)
@@ -159,9 +160,9 @@ def test_a_killed_study_goes_on_in_the_same_experiment(tmp_path: Path, ray_head:
         killed.kill()
         output = killed.communicate()[0]
     hanging = int(starts(folder)["cell4-seed0"][0][0])
-    _until(lambda: not psutil.pid_exists(hanging))
+    _until(lambda: gone(hanging))
     again = study(folder, ray_head, "1,4,5")
-    output += again.communicate(timeout=150)[0]
+    output += again.communicate(timeout=200)[0]
     assert again.returncode == 0, output
     assert "Tune's experiment start-1 is restored" in output and not (runs_of / "tune/start-2").exists()
     assert {name: len(lines) for name, lines in starts(folder).items()} == {"cell1-seed0": 1, "cell4-seed0": 2, "cell5-seed0": 1}
