@@ -1,4 +1,4 @@
-"""RTN, GPTQ and GPTAQ: properties T11 and T12 of the D2Quant spec, and columns one by one as the equations have them."""
+"""RTN, GPTQ and GPTAQ: properties T2, T11 and T12 of the D2Quant spec, and columns one by one as the equations have them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raysys.compression.backends import gptq, rtn
 from raysys.compression.statistics import Statistics
-from raysys.methods.d2quant import Levels, Quantized, quantize, quantize_down
+from raysys.methods.d2quant import Levels, Quantized, absorb, quantize, quantize_down
 
 G = 16
 FORMS: tuple[dict[str, Any], ...] = (
@@ -95,6 +95,15 @@ def test_errors_that_columns_make_up_for_each_other_are_smaller() -> None:
     assert off(x, weight, asymmetric, full) < 0.95 * off(x, weight, plain, full)
     uneven = weight * normal(12, 4 * G).exp()
     assert off(x, uneven, gptq(uneven, summed(x), 3, G, down=True)) < 0.8 * off(x, uneven, gptq(uneven, summed(x), 3, G))
+
+
+@pytest.mark.parametrize("form", [one for one in FORMS if not one.get("down")], ids=str)
+def test_t2_rows_times_powers_of_two_keep_their_codes(form: dict[str, Any]) -> None:
+    """What lets a column scale of down be absorbed into codes of up that are there already."""
+    weight, (x, full) = normal(23, 8, 4 * G), inputs(29)
+    factor = torch.tensor([0.125, 0.25, 0.5, 1, 2, 4, 8, 1024], dtype=torch.float64)
+    plain, scaled = (gptq(one, summed(x, full), 2, G, **form) for one in (weight, weight * factor[:, None]))
+    assert torch.equal(plain.codes, scaled.codes) and torch.equal(absorb(plain, factor).scale, scaled.scale)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

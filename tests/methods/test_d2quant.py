@@ -1,4 +1,4 @@
-"""Properties of the D2Quant spec, by number: T1 to T10 and T13; those of the layer pipeline (T11, T12) are tested there."""
+"""Properties of the D2Quant spec, by number: T1 to T10 and T13; T2, T11 and T12 of GPTQ are in `tests/compression/test_backends.py`."""
 
 from __future__ import annotations
 
@@ -145,6 +145,15 @@ def test_t4_uniform_dsq_is_never_worse_than_the_plain_quantiser_in_any_group(bit
             for one in (quantize_down(weight, bits, G), quantize(weight, bits, G))
         ]
         assert (off[0] <= off[1] * (1 + 1e-12)).all(), seed
+
+
+def test_t5_binary_levels_may_lose_to_the_plain_quantiser_where_uniform_ones_do_not() -> None:
+    """No theorem: of heavy tails two symmetric pairs of levels hold less than a grid that is longer on one side."""
+    heavy = normal(9, 256, 8 * G).pow(3)
+    plain, uniform, binary = (
+        error(heavy, made) for made in (quantize(heavy, 2, G * 8), *(quantize_down(heavy, 2, G * 8, levels) for levels in LEVELS))
+    )
+    assert uniform <= plain < binary
 
 
 @pytest.mark.parametrize(("bits", "most"), [(2, 1e-12), (3, 5e-3)])
