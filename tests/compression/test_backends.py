@@ -73,7 +73,8 @@ def test_columns_one_by_one_as_the_equations_have_them() -> None:
 
 
 def test_the_library_s_gptq_gives_the_same_weights() -> None:
-    """Of llmcompressor, where it is installed. It takes scales from before the first column, which one group has too."""
+    """Of llmcompressor, where it is installed: it wants another compressed-tensors than vLLM, so in an environment of its own. It takes
+    scales from before the first column, which one group has too."""
     library = pytest.importorskip("llmcompressor.modifiers.gptq.gptq_quantize")
     from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy
 
