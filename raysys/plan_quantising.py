@@ -82,6 +82,8 @@ def estimate_quantising(config: QuantizeConfig, shape: Shape, device: Device) ->
     remedy = (
         "lower batch, or the windows' length" if parts["activations"] > parts["statistics"] else "use a GPU with more memory, or device=cpu"
     )
+    if config.check_export and config.served:
+        notes.append(f"check_export loads the whole model, {amount(width * written(shape, config.rotation))}, on its host")
     if shape.experts:
         notes.append(f"{shape.experts} experts a layer, each with its own statistics; routers stay as they are")
     if config.allocation in BY_WEIGHTS:

@@ -76,6 +76,8 @@ def run_quantize(config: QuantizeConfig, session: Session) -> None:
             _layers(config, session, bits, ask, progress)
             told = ask("finish", "deadlines.checkpoint", config.deadlines.checkpoint)
             progress["phase"] = "evaluate"
+            if config.served and config.check_export:
+                log.info(ask("load_export", "deadlines.checkpoint", config.deadlines.checkpoint))
             _evaluate(config, session, ask, told)
             ask("close", "deadlines.checkpoint", config.deadlines.checkpoint)
     session.ledger.finish(len(bits))

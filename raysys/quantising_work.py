@@ -107,7 +107,7 @@ class Quantiser:
         began = time.monotonic()
         self._pipeline.finish()
         config = self._work.config
-        if config.served and (config.keep_dequantised or config.evaluation is not None):
+        if config.served and (config.keep_dequantised or config.check_export or config.evaluation is not None):
             from raysys.compression.packed import write_plain
 
             shutil.rmtree(self._plain, ignore_errors=True)
@@ -117,6 +117,16 @@ class Quantiser:
         if beside and config.evaluation is not None:
             models[CORRECTED] = self._sizes()
         return {"models": models, "seconds": time.monotonic() - began}
+
+    def load_export(self) -> str:
+        """Says what stock transformers makes of `export/`. Raises CheckpointError: see `loading.largest_difference`."""
+        from raysys.compression.loading import largest_difference, unreadable
+
+        folder = self._work.folder / EXPORT
+        if (reason := unreadable(folder)) is not None:
+            return f"export/ is not loaded in transformers: {reason}"
+        gap = largest_difference(folder, self._plain)
+        return f"export/ loads in transformers with compressed-tensors; logits of what its codes stand for, to {gap:.2g} of the largest"
 
     def perplexity(self, label: str) -> dict[str, float]:
         """Of the held-out windows under one of the models of `finish`, a layer at a time; where they are tasks, `accuracy` too: the share

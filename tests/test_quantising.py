@@ -92,6 +92,21 @@ def test_a_correction_of_the_last_norm_alone_is_measured_too(model: Path, tmp_pa
     assert actor.perplexity(CORRECTED)["nll"] != actor.perplexity(QUANTISED)["nll"]
 
 
+def test_the_export_is_loaded_as_its_users_load_it(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    settings = config(model, method="rtn", calibration=None, check_export=True)
+    for bits in ([2, 4], [4, 4]):
+        folder = tmp_path / str(bits)
+        actor = Quantiser(Work(settings, Checkpoint.open(model).folder, folder, bits, None, None, "cpu", "float32", {}))
+        for i in range(2):
+            actor.layer(i)
+        actor.finish()
+        told = actor.load_export()
+        assert told.startswith("export/ loads in transformers with compressed-tensors; logits of what its codes stand for, to 0 of"), told
+        actor.close()
+        assert not (folder / "dequantised").exists()
+
+
 def test_runs_share_what_is_known_of_a_model_and_nothing_else(model: Path, tmp_path: Path) -> None:
     windows = {"source": {"domains": {"add": ADD}}, "samples": 4, "length": 24}
     base = {"method": "rtn", "shared": str(tmp_path / "shared"), "evaluation": windows, "batch": 2, "threads": 1}

@@ -81,7 +81,7 @@ def gptq(
         symmetric: without `down`; with it the grid is.
 
     Returns:
-        Columns whose input was always zero are zero.
+        Columns whose input was always zero are zero, or with binary levels, none of which is 0, next to it.
 
     Raises:
         ValueError: shapes or numbers that do not fit, weights that are no finite numbers, a Hessian that cannot be factored.

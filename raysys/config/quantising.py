@@ -111,6 +111,9 @@ class QuantizeConfig(Run):
     """Folder in which runs keep for each other what is known of a model in full precision: of its layers' weights, and its perplexity."""
     keep_dequantised: bool = False
     """Also write `dequantised/`, a plain Hugging Face folder of what the codes stand for."""
+    check_export: bool = placed(False)
+    """Load `export/` in transformers with compressed-tensors and compare its logits with those of what the codes stand for. The whole
+    model is in memory for it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -115,7 +115,8 @@ def quantize_down(weight: Tensor, bits: int, group_size: int = 128, levels: Leve
         iterations: alternations; 15 saturate. 0 keeps the start.
 
     Returns:
-        With `column_scale` [F], positive, of geometric mean 1 in each group (columns of zeros left out: theirs is 1).
+        With `column_scale` [F], positive, of geometric mean 1 in each group. Columns of zeros are left out of it: theirs is 1, with binary
+        levels, none of which is 0, so small that nothing is left of them.
 
     Raises:
         ValueError: see `quantize`; no such levels; a negative number of iterations.
@@ -143,13 +144,15 @@ def absorb(up: Quantized, column_scale: Tensor) -> Quantized:
         column_scale: c of the down-projection, [F].
 
     Raises:
-        ValueError: the shape is another one, or a scale is not positive.
+        ValueError: the shape is another one, or a scale is not positive, or not finite.
     """
     rows = up.codes.shape[0]
     if tuple(column_scale.shape) != (rows,):
         raise ValueError(f"column_scale must be [{rows}], one for each row of up, got {list(column_scale.shape)}")
     if not bool((column_scale > 0).all()):
         raise ValueError(f"column_scale must be positive, got {column_scale.min().item():g}")
+    if not bool(column_scale.isfinite().all()):
+        raise ValueError(f"column_scale must be finite, got {column_scale.max().item():g}")
     factor = column_scale.to(up.scale.dtype).reshape(-1, *([1] * (up.scale.dim() - 1)))
     return replace(up, scale=up.scale * factor)
 
@@ -305,7 +308,8 @@ def _binary(groups: Tensor, bits: int, iterations: int) -> tuple[Tensor, Tensor,
     """Row scales [R, G, b], codes and column scale [G, g]: coordinate descent from the greedy start."""
     least = 1e-8
     column = groups.abs().mean(dim=0)
-    column = column.where(column > 0, 1.0)
+    # Rows are fitted with the weight c^2: a column of zeros must have next to none, or it would pull a level to 0 for all of them.
+    column = column.where(column > 0, least)
     scales, planes, rest = [], [], groups.clone()
     for _ in range(bits):
         plane = torch.where(rest >= 0, 1.0, -1.0).to(groups.dtype)
@@ -320,8 +324,9 @@ def _binary(groups: Tensor, bits: int, iterations: int) -> tuple[Tensor, Tensor,
         along, size = (groups * levels).sum(dim=0), levels.square().sum(dim=0)
         column = torch.where((along > 0) & (size > 0), along / size.where(size > 0, 1.0), column)
         codes = _nearest(groups, scale, column)
-    column, mean = _normalised(column, (groups != 0).any(dim=0))
-    return scale * mean.unsqueeze(0), codes, column
+    live = (groups != 0).any(dim=0)
+    column, mean = _normalised(column, live)
+    return scale * mean.unsqueeze(0), codes, column.where(live, least)
 
 
 def _rows(groups: Tensor, codes: Tensor, column: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,6 +44,8 @@ _NORMAL = 1.4826
 """MAD times this is the standard deviation of a normal distribution."""
 _NEGLIGIBLE = 1e-12
 """A spread below this share of the largest value is rounding."""
+_ROUNDING = 1e-9
+"""Bits by which a budget may be off: it is a decimal fraction, or a sum of such."""
 _BLOCK = 2**22
 """Entries of a circuit's matrix, or of a block of the unembedding, that exist at once."""
 _PIECE = 2**20
@@ -230,13 +232,13 @@ def allocate(scores: Tensor | Sequence[float], sizes: Tensor | Sequence[int], bu
         raise ValueError(f"sizes must be positive, got {min(counts):g}")
     if not low < high:
         raise ValueError(f"low must be below high, got {low} and {high}")
-    if not low <= budget <= high:
+    if not low - _ROUNDING <= budget <= high + _ROUNDING:
         raise ValueError(f"budget must lie in [{low}, {high}], got {budget}")
     bits, total = [low] * len(counts), sum(counts)
     spare = (budget - low) * total
     for layer in torch.argsort(ranks, descending=True, stable=True).tolist():
         cost = (high - low) * counts[layer]
-        if cost > spare + 1e-9 * total:  # relative: real layers hold 1e8 weights, and budgets are decimal fractions
+        if cost > spare + _ROUNDING * total:  # relative: real layers hold 1e8 weights
             break
         bits[layer], spare = high, spare - cost
     return bits

@@ -37,9 +37,11 @@ def test_e2_golden_words_of_three_bits() -> None:
     assert [word & 0xFFFFFFFF for word in packed[0].tolist()] == [0x88FAC688, 0xC688FAC6, 0xFAC688FA]
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_e1_equals_the_library_where_its_layout_is_dense(bits: int) -> None:
     helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    if helpers.pack_to_int32(codes_of(1, 32, bits), bits).shape != (1, bits):
+        pytest.skip("this compressed-tensors pads words, newer ones do not")
     codes = codes_of(7, 45, bits)
     assert torch.equal(pack(codes, bits), helpers.pack_to_int32(codes, bits))
     assert torch.equal(helpers.unpack_from_int32(pack(codes, bits), bits, codes.shape), codes)

@@ -213,6 +213,7 @@ def test_t10_the_budget_is_met_and_never_exceeded(size: int) -> None:
         assert sum(bits) == 20 + 2 * (tenth // 2), budget
         assert all(now >= then for now, then in zip(bits, before, strict=True))
         before = bits
+    assert allocate(ranks, [size] * 10, 4.000000000000002) == [4] * 10, "2 and twenty tenths, one after another"
     assert allocate([1.0, 1.0, 1.0, 1.0], [1] * 4, 3.0) == [4, 4, 2, 2], "ties go to the first"
     assert allocate([3.0, 2.0, 1.0], [5, 100, 5], 3.0) == [4, 2, 2], "the sets are nested: no small layer overtakes a large one"
 
