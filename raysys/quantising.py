@@ -21,6 +21,7 @@ from raysys.config.quantising import BY_WEIGHTS, FOLDS, QuantizeConfig, Windows
 from raysys.data.text import context_length
 from raysys.errors import ConfigError, DeadlineError
 from raysys.files import append_json, read_json_lines, write_json, write_shared_json
+from raysys.quantising_served import serve
 from raysys.quantising_work import Quantiser, Work, facts_of, facts_options, known_of, unembedding_of
 from raysys.report.live import Live
 from raysys.report.metrics import MetricsWriter
@@ -76,10 +77,13 @@ def run_quantize(config: QuantizeConfig, session: Session) -> None:
             _layers(config, session, bits, ask, progress)
             told = ask("finish", "deadlines.checkpoint", config.deadlines.checkpoint)
             progress["phase"] = "evaluate"
-            if config.served and config.check_export:
+            if checked := config.served and config.check_export:
                 log.info(ask("load_export", "deadlines.checkpoint", config.deadlines.checkpoint))
+            probe = ask("probe", "deadlines.checkpoint", config.deadlines.checkpoint) if checked else None
             _evaluate(config, session, ask, told)
             ask("close", "deadlines.checkpoint", config.deadlines.checkpoint)
+        if probe is not None:  # the actor is gone: on one GPU there is room for an engine now
+            log.info(serve(config, session.folder, hardware, probe))
     session.ledger.finish(len(bits))
     log.info("weights: %s", session.folder / ("export" if config.served else "dequantised"))
 

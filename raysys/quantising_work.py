@@ -128,6 +128,21 @@ class Quantiser:
         gap = largest_difference(folder, self._plain)
         return f"export/ loads in transformers with compressed-tensors; logits of what its codes stand for, to {gap:.2g} of the largest"
 
+    def probe(self) -> dict[str, Any]:
+        """For `quantising_served.serve`."""
+        import torch
+
+        from raysys.compression.loading import log_probs
+        from raysys.quantising_served import probe_length, unservable
+        from raysys.weights.push import probe_ids
+
+        avx512 = torch.cpu._is_avx512_supported()
+        if (reason := unservable(self._work.folder / EXPORT, self._work.device, avx512)) is not None:
+            return {"reason": reason}
+        shape = json.loads((self._plain / "config.json").read_text(encoding="utf-8"))
+        ids = probe_ids(shape["vocab_size"], probe_length(str(self._plain)))
+        return {"reason": None, "ids": ids, "logprobs": log_probs(self._plain, ids)}
+
     def perplexity(self, label: str) -> dict[str, float]:
         """Of the held-out windows under one of the models of `finish`, a layer at a time; where they are tasks, `accuracy` too: the share
         of answers, of those that are whole, that greedy decoding writes token for token."""

@@ -19,7 +19,7 @@ FREE = {
     *("loop", "wiring", "assembly", "studies", "compression", "cli", "plan", "doctor", "submit", "stages", "pipeline", "job", "jobs"),
     *("watching", "supervise", "supervised", "compare", "colocate", "checks", "generation", "search_agent", "agent_watch"),
     *("agent_transcripts", "pretraining", "pretraining_points", "pretraining_work", "plan_pretraining", "plan_quantising", "plan_sharing"),
-    *("plan_trial", "quantising", "quantising_work"),
+    *("plan_trial", "quantising", "quantising_served", "quantising_work"),
 }
 """Who may import what it likes: these wire rooms together, or stand outside of a run."""
 

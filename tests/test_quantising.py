@@ -19,6 +19,7 @@ from raysys.errors import ConfigError
 from raysys.models.scratch import new_causal
 from raysys.pipeline import Planned
 from raysys.quantising import check_quantize
+from raysys.quantising_served import unservable
 from raysys.quantising_work import CORRECTED, FULL, QUANTISED, Quantiser, Work, facts_options, known_of
 
 SMALL: dict[str, Any] = {"hidden_size": 64, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 32, "ffn_size": 96, "context": 64}
@@ -105,6 +106,18 @@ def test_the_export_is_loaded_as_its_users_load_it(model: Path, tmp_path: Path) 
         assert told.startswith("export/ loads in transformers with compressed-tensors; logits of what its codes stand for, to 0 of"), told
         actor.close()
         assert not (folder / "dequantised").exists()
+
+
+def test_the_engine_is_asked_only_where_it_has_a_kernel(tmp_path: Path) -> None:
+    def export(**changes: Any) -> Path:
+        group = {"weights": {"num_bits": changes.pop("bits", 4)}}
+        config = {"quantization_config": {"config_groups": {"group_0": group}}} | changes
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    assert unservable(export(), "cpu", True) is None and unservable(export(bits=3), "gpu", False) is None
+    assert "4 bits only" in str(unservable(export(bits=3), "cpu", True))
+    assert "AMX" in str(unservable(export(num_experts=8), "cpu", True)) and "AVX-512" in str(unservable(export(), "cpu", False))
 
 
 def test_runs_share_what_is_known_of_a_model_and_nothing_else(model: Path, tmp_path: Path) -> None:

@@ -60,10 +60,22 @@ def largest_difference(export: Path, plain: Path) -> float:
     return gap
 
 
+@torch.no_grad()
+def log_probs(folder: Path, ids: list[int]) -> list[float]:
+    """Of ids[1:], each given what precedes it, as transformers computes them in bfloat16 with a plain copy."""
+    model = _model(folder, dtype=torch.bfloat16)
+    rows = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    return rows.gather(1, torch.tensor(ids[1:]).unsqueeze(1))[:, 0].tolist()
+
+
 def _logits(folder: Path) -> Tensor:
+    model = _model(folder)
+    ids = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def _model(folder: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with contextlib.redirect_stderr(io.StringIO()):  # bars of progress
-        model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-        ids = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-        return model(input_ids=ids, use_cache=False).logits
+        return AutoModelForCausalLM.from_pretrained(folder, **options).eval()

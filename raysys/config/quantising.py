@@ -112,8 +112,8 @@ class QuantizeConfig(Run):
     keep_dequantised: bool = False
     """Also write `dequantised/`, a plain Hugging Face folder of what the codes stand for."""
     check_export: bool = placed(False)
-    """Load `export/` in transformers with compressed-tensors and compare its logits with those of what the codes stand for. The whole
-    model is in memory for it."""
+    """Load `export/` in transformers with compressed-tensors, and in vLLM where it has kernels for it, and compare what they compute with
+    what the codes stand for. The whole model is in memory for it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -79,3 +79,13 @@ def test_killed_and_resumed_it_is_the_same_file(place: Workplace, config: dict[s
     assert files == {path.name: path.read_bytes() for path in (place.folder / "killed" / "export").iterdir() if path.is_file()}
     lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in place.metrics(name)] for name in ("calm", "killed")]
     assert lines[0] == lines[1]
+
+
+def test_four_bits_are_loaded_and_served_as_their_users_do_it(place: Workplace, config: dict[str, Any]) -> None:
+    wide = new_causal(NewModel(**MODEL | {"hidden_size": 128, "layers": 2}), place.folder / "wide", seed=0)
+    rounded = {"model": str(wide), "method": "rtn", "d2quant": {}, "calibration": None, "evaluation": None}
+    place.run("quantize", "served", config | rounded | {"bits": 4, "allocation": "uniform", "check_export": True})
+    told = (place.folder / "served.log").read_text()
+    assert "export/ loads in transformers with compressed-tensors; logits of what its codes stand for, to 0 of the largest" in told
+    found = re.search(r"export/ is served by vLLM; log-probs of what its codes stand for, to (\S+) nats in the mean", told)
+    assert float(found[1]) < 0.05 if found else "is not served by vLLM here: its CPU kernel needs AVX-512" in told
