@@ -181,7 +181,8 @@ def _generate_only(config: GopdConfig, session: Session) -> None:
 
 
 def _on_policy(config: GopdConfig | SearchAgentConfig, session: Session, pool: RolloutPool, student: str, stack: ExitStack) -> Takes:
-    stream = PromptStream(config.data, student, config.seed, config.max_prompt_tokens, config.max_response_tokens)
+    limits = config.max_prompt_tokens, config.max_response_tokens
+    stream = PromptStream(config.data, student, config.seed, *limits, deadline=config.deadlines.start)
     stack.callback(tell_bad_rows, stream)
     source = OnPolicySource(
         stream,
@@ -247,7 +248,8 @@ def _open_data(config: SftConfig | HpdConfig, session: Session, student: str, in
     """The rows; reading them begins, unless the run goes on at another place."""
     shared = shared_vocabulary(config) if isinstance(config, HpdConfig) else None
     limits = config.max_prompt_tokens, config.max_response_tokens
-    into.append(PromptStream(config.data, student, config.seed, *limits, supervised=True, shared=shared))
+    deadline = config.deadlines.start
+    into.append(PromptStream(config.data, student, config.seed, *limits, supervised=True, deadline=deadline, shared=shared))
     if session.ledger.resume_point is None:
         into[0].prefetch()
 
