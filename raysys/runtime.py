@@ -154,8 +154,9 @@ def reserve(bundles: Sequence[dict[str, float]], *, what: str, timeout: float, s
         PlacementError: the cluster cannot give it; says what was asked and what the cluster has in all and free.
     """
     group = placement_group(list(bundles), strategy=strategy)
-    if group.wait(timeout):
-        return group
+    with waiting("the cluster", f"give the {what} a place", timeout, "deadlines.placement"):
+        if group.wait(timeout):
+            return group
     state = placement_group_table(group)["stats"]["scheduling_state"]
     remove_placement_group(group)
     raise no_place(bundles, what, timeout, f"{strategy}, state {state}")
