@@ -236,7 +236,8 @@ def open_evaluator(
 
 def held_out(part: EvaluationPart, tokenizer: str, config: Any) -> Batch:
     """The evaluation's prompts, each repeated `samples` times. Data with fewer rows than asked for give what they have, once."""
-    stream = PromptStream(part.data, tokenizer, config.seed, config.max_prompt_tokens, config.max_response_tokens)
+    limits = config.max_prompt_tokens, config.max_response_tokens
+    stream = PromptStream(part.data, tokenizer, config.seed, *limits, deadline=config.deadlines.start)
     domains = len(part.data.source.domains) if part.data.source else 1
     taken = stream.take(part.rows * domains)
     first = [row for row, name in enumerate(taken.strings("prompt_id")) if name.endswith("@0")]

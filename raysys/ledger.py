@@ -58,8 +58,9 @@ class Ledger:
     def __init__(self, run_dir: Path, config: Config, keep: int = 2, stored: int | None = None):
         self.run_dir, self.keep = run_dir, keep
         self._config = config
-        for folder in ("ledger", "checkpoints", "export"):
-            (run_dir / folder).mkdir(parents=True, exist_ok=True)
+        with writing(run_dir):
+            for folder in ("ledger", "checkpoints", "export"):
+                (run_dir / folder).mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
         self._check_identity()
         self.resume_point = newest_point(run_dir) if stored is None else None
@@ -164,9 +165,10 @@ class Ledger:
             holder = file.read().strip() or "another process"
             file.close()
             raise ConfigError(f"run folder {self.run_dir} is in use by {holder}", "wait for it, stop it, or choose another name=") from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with writing(self.run_dir / "ledger" / "lock"):
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         return file
 
     def _check_identity(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -72,12 +72,25 @@ _wait_numbers = count()
 @contextmanager
 def waiting(actor: str, operation: str, seconds: float, knob: str) -> Iterator[None]:
     """Notes for `waits` that this thread waits for an actor, for as long as the block lasts."""
-    number = next(_wait_numbers)
-    _waits[number] = {"for": actor, "operation": operation, "limit_s": seconds, "knob": knob, "since": time.monotonic()}
-    try:
+    with waiting_for([actor], operation, seconds, knob):
         yield
+
+
+@contextmanager
+def waiting_for(actors: Sequence[str], operation: str, seconds: float, knob: str) -> Iterator[Callable[[str], None]]:
+    """As `waiting`, for several actors at once. The block calls what it is given with each that has answered."""
+    since, numbers = time.monotonic(), {actor: next(_wait_numbers) for actor in actors}
+    for actor, number in numbers.items():
+        _waits[number] = {"for": actor, "operation": operation, "limit_s": seconds, "knob": knob, "since": since}
+
+    def answered(actor: str) -> None:
+        _waits.pop(numbers[actor], None)
+
+    try:
+        yield answered
     finally:
-        del _waits[number]
+        for actor in numbers:
+            answered(actor)
 
 
 def waits() -> list[dict[str, Any]]:
@@ -141,8 +154,9 @@ def reserve(bundles: Sequence[dict[str, float]], *, what: str, timeout: float, s
         PlacementError: the cluster cannot give it; says what was asked and what the cluster has in all and free.
     """
     group = placement_group(list(bundles), strategy=strategy)
-    if group.wait(timeout):
-        return group
+    with waiting("the cluster", f"give the {what} a place", timeout, "deadlines.placement"):
+        if group.wait(timeout):
+            return group
     state = placement_group_table(group)["stats"]["scheduling_state"]
     remove_placement_group(group)
     raise no_place(bundles, what, timeout, f"{strategy}, state {state}")

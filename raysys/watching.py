@@ -30,13 +30,13 @@ def scorer_ranks(config: Trains) -> int:
     return config.scoring.ranks if isinstance(config, GopdConfig) else 0
 
 
-def status(config: Trains, session: Session, parts: Parts, pool: RolloutPool | None, source: Any) -> dict[str, Any]:
-    """What `raysys doctor --job` shows and Prometheus gets."""
+def status(config: Trains, session: Session, parts: Parts | None, pool: RolloutPool | None, source: Any) -> dict[str, Any]:
+    """What `raysys doctor --job` shows and Prometheus gets. Without `parts` the run is still starting."""
     return {
         "run": session.folder.name,
         "submission_id": session.submission_id,
         "step": session.ledger.committed,
-        "phase": parts.watch.phase,
+        "phase": parts.watch.phase if parts is not None else "start",
         "waits": waits(),
         "trainers": [f"trainer rank {rank}" for rank in range(config.trainer.ranks)],
         "scorers": [f"scorer {rank}" for rank in range(scorer_ranks(config))],
@@ -104,7 +104,7 @@ def describe(folder: Path) -> list[str]:
     """Lines for people: what the run does, each actor, and who waits for whom, the longest wait first."""
     file = folder / "ledger" / FILE
     if not file.is_file():
-        return [f"{folder.name}: no status; it is not a run that trains, or it ended before its first step"]
+        return [f"{folder.name}: no status; it is not a run that trains, or it ended before it began to start"]
     status = _read(file)
     age = time.time() - file.stat().st_mtime
     where = f"pid {status.get('pid')} on {status.get('host')}"

@@ -110,6 +110,7 @@ def run_gopd(config: GopdConfig, session: Session) -> None:
         member = lodger(trainer) if config.colocate else Member
         pool = None if config.rollout.replay else stack.enter_context(open_pool(config, student, hardware, session.folder, member))
         scorers = stack.enter_context(open_scorers(config, student, hardware))
+        live = stack.enter_context(Live(session.folder, session.job, lambda: status(config, session, None, pool, None)))
         starts = {"trainer": trainer.start, "scorer": scorers.start} | ({"rollout": pool.start} if pool else {})
         if config.colocate:
             start_all(trainer=starts.pop("trainer"))  # the engines live where it is
@@ -129,7 +130,7 @@ def run_gopd(config: GopdConfig, session: Session) -> None:
         metrics = open_metrics(config, session, stack, usage)
         turning = TurningTrainer(trainer, pool) if config.colocate and pool is not None else trainer
         parts = Parts(source, scorers, objective, turning, weights, session.ledger, evaluator, metrics)
-        stack.enter_context(Live(session.folder, session.job, lambda: status(config, session, parts, pool, source)))
+        live.shows(lambda: status(config, session, parts, pool, source))
         finish(config, session, parts, trainer, max_age=config.max_age)
         log.info(usage.summary())
 
@@ -143,6 +144,7 @@ def run_search_agent(config: SearchAgentConfig, session: Session) -> None:
         search = stack.enter_context(own_search(config))
         trainer = stack.enter_context(open_trainer(config, student, objective, hardware, session.folder))
         pool = stack.enter_context(open_pool(config, student, hardware, session.folder, episodes=episodes_of(config, search)))
+        live = stack.enter_context(Live(session.folder, session.job, lambda: status(config, session, None, pool, None)))
         start_all(trainer=trainer.start, rollout=pool.start)
         source = _on_policy(config, session, pool, student, stack)
         pusher = open_pusher(config, trainer, pool, student)
@@ -154,7 +156,7 @@ def run_search_agent(config: SearchAgentConfig, session: Session) -> None:
         transcripts = Transcripts(session.folder, Decoder(student), objective, config.steps)
         watched = Watched(objective, metrics, history(session.folder), config.stop_on_collapse, transcripts)
         parts = Parts(source, Judge(), watched, trainer, Pushes(pusher), session.ledger, evaluator, watched)
-        stack.enter_context(Live(session.folder, session.job, lambda: status(config, session, parts, pool, source)))
+        live.shows(lambda: status(config, session, parts, pool, source))
         finish(config, session, parts, trainer, max_age=config.max_age)
         log.info(usage.summary())
 
@@ -181,7 +183,8 @@ def _generate_only(config: GopdConfig, session: Session) -> None:
 
 
 def _on_policy(config: GopdConfig | SearchAgentConfig, session: Session, pool: RolloutPool, student: str, stack: ExitStack) -> Takes:
-    stream = PromptStream(config.data, student, config.seed, config.max_prompt_tokens, config.max_response_tokens)
+    limits = config.max_prompt_tokens, config.max_response_tokens
+    stream = PromptStream(config.data, student, config.seed, *limits, deadline=config.deadlines.start)
     stack.callback(tell_bad_rows, stream)
     source = OnPolicySource(
         stream,
@@ -217,6 +220,7 @@ def _on_data(config: SftConfig | HpdConfig, session: Session, student: str, obje
     with ExitStack() as stack:
         trainer = stack.enter_context(open_trainer(config, student, objective, hardware, session.folder))
         pool = stack.enter_context(open_pool(config, student, hardware, session.folder)) if config.evaluation else None
+        live = stack.enter_context(Live(session.folder, session.job, lambda: status(config, session, None, pool, None)))
         scorers = NoScorers()
         starts = {"trainer": trainer.start} | ({"rollout": pool.start} if pool else {})
         if scoring and isinstance(config, HpdConfig):
@@ -237,7 +241,7 @@ def _on_data(config: SftConfig | HpdConfig, session: Session, student: str, obje
         usage = Usage(pool, config)
         metrics = Doubts(open_metrics(config, session, stack, usage))
         parts = Parts(source, scorers, objective, trainer, NoPush(), session.ledger, evaluator, metrics)
-        stack.enter_context(Live(session.folder, session.job, lambda: status(config, session, parts, pool, source)))
+        live.shows(lambda: status(config, session, parts, pool, source))
         finish(config, session, parts, trainer, max_age=0)
         log.info(usage.summary())
         tell_bad_rows(stream)
@@ -247,7 +251,8 @@ def _open_data(config: SftConfig | HpdConfig, session: Session, student: str, in
     """The rows; reading them begins, unless the run goes on at another place."""
     shared = shared_vocabulary(config) if isinstance(config, HpdConfig) else None
     limits = config.max_prompt_tokens, config.max_response_tokens
-    into.append(PromptStream(config.data, student, config.seed, *limits, supervised=True, shared=shared))
+    deadline = config.deadlines.start
+    into.append(PromptStream(config.data, student, config.seed, *limits, supervised=True, deadline=deadline, shared=shared))
     if session.ledger.resume_point is None:
         into[0].prefetch()
 

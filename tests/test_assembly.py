@@ -15,6 +15,7 @@ import pytest
 from raysys import assembly
 from raysys.assembly import held_out, start_all
 from raysys.config.agents import SearchAgentConfig
+from raysys.config.parts import Deadlines
 from raysys.config.runs import EvaluateConfig, EvaluationPart, NewModel
 from raysys.errors import InfrastructureError
 from raysys.training.schedule import learning_rate
@@ -49,7 +50,7 @@ def test_an_evaluation_asks_each_row_once_however_many_are_wanted(tmp_path: Path
 
     new_causal(NewModel(hidden_size=32, layers=1, heads=1, kv_heads=1, ffn_size=32, context=64), tmp_path, 0)
     add = {"task": "chain_sum", "params": {"min_terms": 2, "max_terms": 2}, "style": "scratchpad"}
-    config = SimpleNamespace(seed=0, max_prompt_tokens=32, max_response_tokens=32)
+    config = SimpleNamespace(seed=0, max_prompt_tokens=32, max_response_tokens=32, deadlines=Deadlines())
 
     def asked(rows: int, size: int | None) -> list[str]:
         part = EvaluationPart.parse({"rows": rows, "samples": 2, "data": {"source": {"domains": {"add": add}, "size": size}}})

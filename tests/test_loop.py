@@ -231,6 +231,15 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     Ledger(tmp_path, config).close()
 
 
+def test_a_disk_that_is_full_before_the_run_begins_is_one_line(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    (tmp_path / "ledger").mkdir()
+    (tmp_path / "ledger" / "lock").symlink_to("/dev/full")
+    with pytest.raises(CheckpointError, match="lock could not be written"):
+        Ledger(tmp_path, GopdConfig.load(None, KEYS))
+
+
 def test_another_identity_is_refused_by_key_and_placement_is_not(tmp_path: Path) -> None:
     Ledger(tmp_path, GopdConfig.load(None, KEYS)).close()
     Ledger(tmp_path, GopdConfig.load(None, [*KEYS, "rollout.workers=2", "trainer.ranks=2", "steps=9"])).close()

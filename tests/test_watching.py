@@ -14,8 +14,9 @@ import pytest
 from raysys import cli, watching, wiring
 from raysys.config.runs import GopdConfig, HpdConfig, SftConfig
 from raysys.errors import ConfigError
-from raysys.report.live import GAUGES, PHASES, actor_phases, gauges
+from raysys.report.live import GAUGES, PHASES, Live, actor_phases, gauges
 from raysys.rollout.recorded import Recorder
+from raysys.runtime import waiting
 from tests.fakes import FakeSource, FakeTrainer
 
 STATUS: dict[str, Any] = {
@@ -126,7 +127,7 @@ def test_an_evaluations_engines_are_held_all_the_time(tmp_path: Path, monkeypatc
     pool = SimpleNamespace(workers=[1, 2], busy_seconds=lambda: 5.0, start=None)
     usages: list[watching.Usage] = []
     for name in ("open_evaluator", "resume", "Live", "finish", "tell_bad_rows"):
-        monkeypatch.setattr(wiring, name, lambda *_, **__: nullcontext())
+        monkeypatch.setattr(wiring, name, lambda *_, **__: nullcontext(SimpleNamespace(shows=lambda status: None)))
     monkeypatch.setattr(wiring.Hardware, "choose", lambda *_: wiring.Hardware("cpu", "float32"))
     monkeypatch.setattr(wiring, "open_trainer", lambda *_: nullcontext(SimpleNamespace(start=None)))
     monkeypatch.setattr(wiring, "open_pool", lambda *_: nullcontext(pool))
@@ -148,3 +149,18 @@ def test_a_recording_does_not_hide_the_queue(tmp_path: Path) -> None:
     parts: Any = SimpleNamespace(watch=SimpleNamespace(phase=""))
     found = watching.status(GopdConfig.parse(MODELS), session, parts, None, Recorder(source, tmp_path / "kept"))
     assert found["source"] == source.status() == {"groups": 3}
+
+
+def test_a_run_that_starts_tells_whom_it_waits_for(tmp_path: Path) -> None:
+    session: Any = SimpleNamespace(folder=tmp_path, submission_id="", ledger=SimpleNamespace(committed=4))
+    config = GopdConfig.parse(MODELS)
+    (tmp_path / "ledger").mkdir()
+    live = Live(tmp_path, "gopd", lambda: watching.status(config, session, None, None, None))
+    with waiting("the cluster", "give the trainer a place", 300.0, "deadlines.placement"):
+        live.show()
+    told = watching.describe(tmp_path)
+    assert "step 4, start;" in told[0] and {"  trainer rank 0: starting", "  scorer 0: starting"} <= set(told)
+    assert "  the driver waits for the cluster: give the trainer a place, 0 of 300 s (deadlines.placement)" in told
+    live.shows(lambda: {"phase": "train", "step": 5})
+    live.show()
+    assert "step 5, train;" in watching.describe(tmp_path)[0]

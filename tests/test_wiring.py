@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,7 +57,7 @@ def test_recordings_of_a_submitted_job_lie_in_the_checkout_or_are_refused(
 
 def test_a_run_records_where_it_was_told(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHECKOUT_VARIABLE, str(tmp_path))
-    monkeypatch.setattr(wiring, "PromptStream", lambda *args: None)
+    monkeypatch.setattr(wiring, "PromptStream", lambda *args, **kwargs: None)
     monkeypatch.setattr(wiring, "OnPolicySource", lambda *args, **kwargs: FakeSource(FakeTrainer()))
     session: Any = SimpleNamespace(ledger=SimpleNamespace(dead_letter=None))
     config = GopdConfig.load(None, [*KEYS, "rollout.record=taken"])
@@ -111,3 +112,15 @@ def test_engines_over_several_gpus_are_counted_whole_where_data_are_the_source(m
         with pytest.raises(Counted) as told:
             wiring._on_data(SftConfig.load(None, [*keys, *more]), None, "s", None)  # type: ignore[arg-type]
         assert told.value.args == (want,)
+
+
+def test_reading_data_may_take_as_long_as_the_key_says_that_its_error_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    stream = SimpleNamespace(prefetch=lambda: None)
+    monkeypatch.setattr(wiring, "PromptStream", lambda *args, **kwargs: given.append(kwargs["deadline"]) or stream)
+    session: Any = SimpleNamespace(ledger=SimpleNamespace(dead_letter=None, resume_point=None))
+    with ExitStack() as stack:
+        wiring._on_policy(GopdConfig.load(None, [*KEYS, "deadlines.start=7"]), session, None, "s", stack)  # type: ignore[arg-type]
+        stack.pop_all()
+    wiring._open_data(SftConfig.load(None, ["student=s", "data.path=p.jsonl", "deadlines.start=8"]), session, "s", [])
+    assert given == [7.0, 8.0]

@@ -25,7 +25,7 @@ from raysys.data.files import Files, Raw, Unit, open_files
 from raysys.data.rows import BadRow, BadRows, Row, parse
 from raysys.data.text import Encoded, Encoder
 from raysys.errors import CheckpointError, DataError, DeadlineError, InfrastructureError, RaysysError
-from raysys.runtime import first_cause, ray_data
+from raysys.runtime import first_cause, ray_data, waiting
 
 WINDOW = 16_384
 """Rows that are held to be shuffled."""
@@ -263,12 +263,12 @@ class _Ahead:
 
     def next(self, deadline: float) -> pa.Table:
         """The next window. Raises DeadlineError, or what a task raised."""
+        operation = "read the next rows of data.path"
         try:
-            found = self._ready.get(timeout=deadline)
+            with waiting("data reader", operation, deadline, "deadlines.start"):
+                found = self._ready.get(timeout=deadline)
         except queue.Empty:
-            raise DeadlineError(
-                "data reader", "read the next rows of data.path", deadline, "deadlines.start, or free CPUs for Ray Data's tasks"
-            ) from None
+            raise DeadlineError("data reader", operation, deadline, "deadlines.start, or free CPUs for Ray Data's tasks") from None
         if isinstance(found, RaysysError):
             raise found
         if isinstance(found, BaseException):

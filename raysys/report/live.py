@@ -33,6 +33,10 @@ class Live:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="live-status", daemon=True)
 
+    def shows(self, status: Callable[[], dict[str, Any]]) -> None:
+        """From now on this: a run that starts has less to tell than one that trains."""
+        self._status = status
+
     def __enter__(self) -> Live:
         self._thread.start()
         return self
@@ -124,9 +128,9 @@ def gauges(
 def actor_phases(status: Mapping[str, Any]) -> dict[str, str]:
     """What each actor does now. The driver asks trainer and scorers one thing at a time, so its own phase tells theirs."""
     phase = status.get("phase", "")
-    doing = {"train": "training", "checkpoint": "training", "push": "pushing"}.get(phase, "idle")
+    doing = {"train": "training", "checkpoint": "training", "push": "pushing", "start": "starting"}.get(phase, "idle")
     found = dict.fromkeys(status.get("trainers", ()), doing)
-    found |= dict.fromkeys(status.get("scorers", ()), "scoring" if phase == "score" else "idle")
+    found |= dict.fromkeys(status.get("scorers", ()), {"score": "scoring", "start": "starting"}.get(phase, "idle"))
     for worker in (status.get("pool") or {}).get("workers", ()):
         starting = worker["state"] in ("placing", "starting")
         found[worker["name"]] = (

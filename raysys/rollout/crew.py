@@ -46,6 +46,8 @@ class Crew:
         self._parting: list[tuple[Member, float]] = []
         self._ranks = self.lost = 0
         self._strikes: list[str] = []
+        self._first: dict[str, Any] = {}
+        """What the first worker said of itself, which all must share."""
         self._tended = time.monotonic()
         self._served = 0.0
         """When one was last seen up."""
@@ -56,6 +58,11 @@ class Crew:
     def up(self) -> list[Member]:
         """Those that are up, with or without weights."""
         return [member for member in self.members if member.state in ("started", "ready")]
+
+    @property
+    def grief(self) -> str:
+        """Who was lost first since the last sample, and why, in brackets; "" if nobody was."""
+        return f" (the first it lost: {self._strikes[0]})" if self._strikes else ""
 
     @property
     def wanted(self) -> int:
@@ -73,11 +80,11 @@ class Crew:
             self._ranks += 1
 
     def greet(self, member: Member, facts: dict[str, Any], now: float) -> None:
-        """A worker is up. One that runs something else than the others is refused."""
-        others = next((other.facts for other in self.members if other.facts and other is not member), facts)
+        """A worker is up. One that runs something else than the first one did is refused, also when that one is gone."""
+        self._first = self._first or facts
         for key, what in (("vllm", "vLLM"), ("revision", "a model of revision")):
-            if facts.get(key) != others.get(key):
-                cause = f"runs {what} {facts.get(key)}, the others {others.get(key)}"
+            if facts.get(key) != self._first.get(key):
+                cause = f"runs {what} {facts.get(key)}, the others {self._first.get(key)}"
                 if not self.started:
                     raise InfrastructureError(f"{member.name} {cause}", "install the same on all nodes")
                 self.lose(member, f"it {cause}")

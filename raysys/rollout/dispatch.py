@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass, field
-from itertools import count
 
 
 @dataclass
@@ -77,17 +76,22 @@ class Dispatcher:
         self.tickets: dict[int, Ticket] = {}
         self._waiting: list[tuple[tuple[int, int, int], int]] = []
         self._alone: list[int] = []
-        self._numbers = count()
+        self._issued = 0
         self.redispatched = self.duplicates = 0
 
     # -- tickets
 
     def add(self, cost: int, wave: int) -> int:
         """A new ticket, waiting. Returns its number, never used again."""
-        ticket = Ticket(next(self._numbers), max(1, cost), wave)
+        ticket = Ticket(self._issued, max(1, cost), wave)
+        self._issued += 1
         self.tickets[ticket.number] = ticket
         heapq.heappush(self._waiting, (ticket.rank, ticket.number))
         return ticket.number
+
+    def known(self, number: int) -> bool:
+        """Whether there ever was such a ticket."""
+        return 0 <= number < self._issued
 
     def drop(self, number: int) -> str:
         """Forgets a ticket; returns the worker that has it, "" if nobody."""

@@ -167,7 +167,7 @@ class Serving:
         try:
             await asyncio.wait_for(self.alive(), wait)
         except TimeoutError:
-            self._broken = self._broken or f"its engine has not answered for {wait:g} s"
+            self._broken = self._broken or f"its engine has not answered for {wait:g} s (a quarter of deadlines.heartbeat)"
         except RaysysError as error:
             self._broken = self._broken or error.message
 

@@ -16,8 +16,8 @@ import numpy as np
 from raysys.batch import Batch
 from raysys.errors import ConfigError, DataError, InfrastructureError
 from raysys.rollout.pool import RolloutPool
-from raysys.rollout.results import Result, attach
-from raysys.rollout.spec import RESPONSE_COLUMNS, Sampling, response_columns
+from raysys.rollout.results import Result, attach, attach_known
+from raysys.rollout.spec import Sampling, response_columns
 
 
 class Prompts(Protocol):
@@ -46,9 +46,6 @@ class Group:
     """Ticket to row, of samples under way."""
     ready: int = 0
     """Place in the order of completion; 0: not complete."""
-
-    def samples(self) -> Batch:
-        return attach(self.prompts, [self.results[row] for row in range(len(self.prompts))])
 
 
 class OnPolicySource:
@@ -106,7 +103,8 @@ class OnPolicySource:
             self._pool.wait(settled, "generate")
         for group in chosen:
             del self._groups[group.seq]
-        return Batch.concat([group.samples() for group in chosen])
+        results = [group.results[row] for group in chosen for row in range(len(group.prompts))]
+        return attach(Batch.concat([group.prompts for group in chosen]), results)
 
     # -- what a resume needs
 
@@ -116,19 +114,11 @@ class OnPolicySource:
     def backlog(self) -> Batch | None:
         """What was drawn from the prompts and is not trained: finished samples whole, the others without their response columns' values."""
         self._sort_mail(bury=False)
-        groups = [group.prompts for _, group in sorted(self._groups.items())]
+        groups = [group for _, group in sorted(self._groups.items())]
         if not groups:
             return None
-        finished = [(group, row) for _, group in sorted(self._groups.items()) for row in range(len(group.prompts))]
-        some = next((result.rows for group, _ in finished for result in group.results.values() if result.rows is not None), None)
-        names = RESPONSE_COLUMNS if some is None else response_columns(some)
-        columns: dict[str, list[Any]] = {name: [] for name in names}
-        for group, row in finished:
-            result = group.results.get(row)
-            values = result.rows.table.slice(result.row, 1).to_pylist()[0] if result is not None and result.rows is not None else {}
-            for name in names:
-                columns[name].append(values.get(name))
-        return Batch.concat(groups).with_columns(**columns)
+        results = [group.results.get(row) for group in groups for row in range(len(group.prompts))]
+        return attach_known(Batch.concat([group.prompts for group in groups]), results)
 
     def restore(self, state: dict[str, Any], backlog: Batch | None = None, version: int = 0) -> None:
         """Goes on with weights `version`: finished samples of the backlog are kept, the others drawn again, by the same seeds.

@@ -16,7 +16,7 @@ from raysys import memory
 from raysys.buckets import Bucket, Plan
 from raysys.errors import DataError, InfrastructureError, RaysysError, WeightSyncError
 from raysys.processes import imports
-from raysys.rollout.engine import chatter_to, children, end, engine_arguments, revision, stop_ids, tie_core
+from raysys.rollout.engine import chatter_to, children, contents, end, engine_arguments, revision, stop_ids, tie_core
 from raysys.rollout.episodes import Episode, TokenizerCodec
 from raysys.rollout.serving import Asked, Response, Seat, Serving
 from raysys.rollout.spec import RolloutSpec, Sampling
@@ -74,7 +74,7 @@ class RolloutWorker(Serving):
         return {
             "vllm": vllm.__version__,
             "model": self._spec.model,
-            "revision": revision(self._spec.model),
+            "revision": f"{revision(self._spec.model)}-{contents(self._spec.model)}",
             "pid": os.getpid(),
             "vocabulary": int(self._engine.model_config.get_vocab_size()),
             "memory": memory.whose(),

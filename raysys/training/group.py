@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from raysys.batch import Batch, Ragged
 from raysys.buckets import Plan
 from raysys.config.parts import Deadlines, Trainer
 from raysys.errors import ConfigError, DataError, DeadlineError, InfrastructureError, RaysysError
-from raysys.runtime import compute_environment, died, get, reserve
+from raysys.runtime import compute_environment, died, get, reserve, waiting_for
 from raysys.training.objectives import Objective
 from raysys.training.spec import Share, Tally, TrainerSpec
 from raysys.training.split import split
@@ -285,6 +285,10 @@ class TrainerGroup:
 
     def _wait(self, refs: list[Any], timeout: float, operation: str, knob: str) -> list[Any]:
         """Results by rank, or what went wrong first: a rank's own error or death rather than what its peers made of it."""
+        with waiting_for([_name(rank) for rank in range(len(refs))], operation, timeout, knob) as answered:
+            return self._results(refs, timeout, operation, knob, answered)
+
+    def _results(self, refs: list[Any], timeout: float, operation: str, knob: str, answered: Callable[[str], None]) -> list[Any]:
         deadline, errors = time.monotonic() + timeout, {}
         results: list[Any] = [None] * len(refs)
         pending = {ref: rank for rank, ref in enumerate(refs)}
@@ -293,8 +297,9 @@ class TrainerGroup:
             if not ready:
                 break
             rank = pending.pop(ready[0])
+            answered(_name(rank))
             try:
-                results[rank] = get(ready[0], timeout=timeout, actor=f"trainer rank {rank}", operation=operation, knob=knob)
+                results[rank] = get(ready[0], timeout=timeout, actor=_name(rank), operation=operation, knob=knob)
             except RaysysError as error:
                 if not errors:
                     deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
@@ -307,6 +312,10 @@ class TrainerGroup:
             late = ", ".join(str(rank) for rank in pending.values())
             raise DeadlineError(f"trainer rank {late}", operation, timeout, knob)
         return results
+
+
+def _name(rank: int) -> str:
+    return f"trainer rank {rank}"
 
 
 def _is_cause(error: RaysysError) -> bool:

@@ -124,6 +124,9 @@ class TrainerWorker:
 
     def open_sender(self, sender: Callable[[str, int, int], Any], address: str, port: int, world_size: int) -> None:
         """On rank 0: makes the sender that `send_bucket` hands tensors to. Returns once all receivers have joined."""
+        if self._sender is not None:
+            self._sender.close()  # of those that were there before: nothing else gives its GPU memory back
+            self._sender = None
         self._sender = sender(address, port, world_size)
 
     def send_bucket(self, index: int) -> str:

@@ -159,6 +159,10 @@ class WeightExtension:
         engine = self.weight_transfer_engine
         engine.layouts, engine.maps = Plan("", plan).layouts(), {}
 
+    def raysys_leave(self: Any) -> None:
+        """Out of the trainer's group, if there is one: a new one would not give the old one's GPU memory back."""
+        self.weight_transfer_engine.shutdown()
+
     def raysys_wrong(self: Any, index: int) -> list[str]:
         """Digests of a bucket's tensors as they came, nothing if it is as it left."""
         return self.weight_transfer_engine.wrong.get(index, [])

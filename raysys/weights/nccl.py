@@ -25,7 +25,7 @@ class NcclReceiver(SharedMemoryReceiver):
         await self._learn(engine, model)
 
     async def join(self, engine: Any, address: str, port: int, first_rank: int, world_size: int) -> None:
-        """Joins the group; returns once all ranks are there, so trainer and workers are asked at the same time.
+        """Leaves its group and joins this one; returns once all ranks are there, so trainer and workers are asked at the same time.
 
         Args:
             address, port: where the trainer's first rank listens.
@@ -34,6 +34,7 @@ class NcclReceiver(SharedMemoryReceiver):
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
+        await engine.collective_rpc("raysys_leave")
         group = {"master_address": address, "master_port": port, "rank_offset": first_rank, "world_size": world_size, "packed": True}
         await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=group))
 

@@ -19,10 +19,12 @@ import ray
 from raysys.buckets import UNDER_WAY, Bucket, Plan, fingerprint
 from raysys.config.parts import Deadlines, Weights
 from raysys.errors import BucketError, DeadlineError, InfrastructureError, WeightSyncError
-from raysys.runtime import dead_actor, died, get
+from raysys.runtime import dead_actor, died, get, waiting_for
 from raysys.weights.ipc import IpcSender
 from raysys.weights.nccl import NcclSender
 
+_LOOK_SECONDS = 1.0
+"""So often it is looked who in a push has answered."""
 PROBE = 32
 """Tokens of the parity probe, where the engine's window has room for them."""
 _TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
@@ -299,8 +301,8 @@ class Audience:
             DeadlineError, InfrastructureError: `wait_for`, refs of the trainer that the workers' answers depend on, did not come.
         """
         needed = wait_for if isinstance(wait_for, list) else [wait_for] if wait_for is not None else []
-        everyone = [*refs.values(), *needed]
-        ray.wait(everyone, num_returns=len(everyone), timeout=self._timeout, fetch_local=False)
+        names = {ref: member.name for member, ref in refs.items()} | dict.fromkeys(needed, "the trainer")
+        self._await(names, operation)
         late = [ref for ref in needed if not ray.wait([ref], timeout=0, fetch_local=False)[0]]
         if late:
             self._raise_failure(refs)  # whoever died is why the trainer waits
@@ -322,6 +324,15 @@ class Audience:
                     self._get(needed[0], "the trainer", operation)  # raises, if the end that has no name was the trainer's
                 self._give_up(member, error.message)
         return answers
+
+    def _await(self, names: dict[Any, str], operation: str) -> None:
+        """Returns when all of these refs are there, or time is up. Those that are not are told, for people, as long as they are not."""
+        end, rest = time.monotonic() + self._timeout, list(names)
+        with waiting_for([*dict.fromkeys(names.values())], operation, self._timeout, "deadlines.push") as answered:
+            while rest and (left := end - time.monotonic()) > 0:
+                _, rest = ray.wait(rest, num_returns=len(rest), timeout=min(_LOOK_SECONDS, left), fetch_local=False)
+                for name in set(names.values()) - {names[ref] for ref in rest}:
+                    answered(name)
 
     def _raise_failure(self, refs: dict[Any, Any]) -> None:
         for member, ref in refs.items():

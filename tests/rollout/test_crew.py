@@ -83,3 +83,17 @@ def test_without_any_worker_and_without_room_the_run_ends_after_the_deadline(cre
         crew.tend(now + second)
     with pytest.raises(PlacementError, match="no place for rollout"):
         crew.tend(now + 62)
+
+
+def test_who_follows_the_only_worker_must_run_what_that_one_did(crew: Crew) -> None:
+    now = time.monotonic()
+    crew.greet(crew.members[1], {"vllm": "0.32", "revision": "a-1"}, now)
+    for member in list(crew.members):
+        crew.lose(member, "its process ended")
+    for facts, told in (({"vllm": "0.33", "revision": "a-1"}, "vLLM 0.33, the others 0.32"), ({"vllm": "0.32", "revision": "a-2"}, "a-2")):
+        other = crew.members[0]
+        other.finished = 0
+        crew.greet(other, facts, now)
+        assert other not in crew.members and told in crew._strikes[-1]
+    crew.greet(right := crew.members[0], {"vllm": "0.32", "revision": "a-1"}, now)
+    assert right.state == "started" and right in crew.members

@@ -48,7 +48,7 @@ class Echo(Serving):
             raise RuntimeError("boom")
         if first == 95:
             return Response([5000], [0.0], [0, 0], "stop")
-        return Response(ids[::-1].tolist(), [float(seed % 97)] * len(ids), [0, 0], "stop")
+        return Response(ids[::-1].tolist(), [-float(seed % 97)] * len(ids), [0, 0], "stop")
 
     async def close(self) -> None:
         return None
@@ -79,7 +79,7 @@ def prompts(firsts: list[int]) -> Batch:
 
 
 def test_rows_come_back_in_order_whatever_the_number_of_workers():
-    rows, sampling = prompts(list(range(3, 14))), Sampling(max_tokens=4, seed=0)
+    rows, sampling = prompts(list(range(3, 14))), Sampling(max_tokens=16, seed=0)
     found = []
     for workers in (1, 2, 3):
         with pool(workers) as group:
@@ -93,7 +93,7 @@ def test_rows_come_back_in_order_whatever_the_number_of_workers():
     assert found[1].table.equals(found[0].table) and found[2].table.equals(found[0].table)
 
 
-SAMPLING = Sampling(max_tokens=4, seed=0)
+SAMPLING = Sampling(max_tokens=16, seed=0)
 
 
 def test_a_row_that_cannot_be_sampled_is_named_with_its_causes_and_the_others_go_on():
@@ -281,7 +281,7 @@ def test_the_source_gives_whole_groups_and_keeps_the_cursor():
 
     with pool(2) as group:
         group.start()
-        source = OnPolicySource(Numbers(), group, samples=3, sampling=Sampling(max_tokens=4, seed=0))
+        source = OnPolicySource(Numbers(), group, samples=3, sampling=Sampling(max_tokens=16, seed=0))
         batch = source.take(2, max_age=0)
         assert batch.strings("prompt_id") == ["p0"] * 3 + ["p1"] * 3 and batch.numbers("sample").tolist() == [0, 1, 2] * 2
         state = source.state()

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from raysys.config.parts import Rollout
 from raysys.errors import ConfigError
-from raysys.rollout.engine import engine_arguments, environment, stop_ids
+from raysys.rollout.engine import contents, engine_arguments, environment, stop_ids
 from raysys.rollout.spec import RolloutSpec, Sampling
 
 
@@ -40,6 +41,22 @@ def test_a_folder_without_stop_ids_is_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="names no eos_token_id"):
         stop_ids(str(tmp_path))
+
+
+def test_weights_of_one_architecture_are_told_apart_and_copies_are_not(tmp_path: Path):
+    whole = np.random.default_rng(0).bytes(300_000)
+    changed = {place: whole[:place] + bytes(3000) + whole[place + 3000 :] for place in (0, 150_000, 297_000)}
+    for name, data in {
+        "one": whole,
+        "copy": whole,
+        "longer": whole + b"0",
+        **{str(place): data for place, data in changed.items()},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(data)
+    assert contents(str(tmp_path / "one")) == contents(str(tmp_path / "copy")) != ""
+    assert len({contents(str(folder)) for folder in tmp_path.iterdir()}) == 5
+    assert contents(str(tmp_path)) == ""
 
 
 def test_arguments_follow_the_device():

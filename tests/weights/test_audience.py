@@ -5,7 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from raysys.errors import InfrastructureError, WeightSyncError
+from raysys.runtime import waits
+from raysys.weights import push
 from raysys.weights.push import Audience
 
 
@@ -34,3 +38,17 @@ def test_a_worker_that_the_pool_gave_up_is_still_asked_and_its_errors_mean_nothi
     audience._give_up(second, "it was given back")
     audience._give_up(second, "it was given back")
     assert lost == ["rollout worker 1: it was given back (in a weight push)"] and audience.members == [first]
+
+
+def test_a_push_tells_who_has_not_answered_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[str]] = []
+
+    def wait(refs: list[str], **_: Any) -> tuple[list[str], list[str]]:
+        told.append(sorted(one["for"] for one in waits()))
+        return refs[:1], refs[1:]
+
+    monkeypatch.setattr(push.ray, "wait", wait)
+    audience = Audience([], lambda one, cause: None, 5.0)
+    audience._await({"x": "rollout worker 0", "y": "the trainer", "z": "the trainer"}, "update")
+    assert told == [["rollout worker 0", "the trainer"], ["the trainer"], ["the trainer"]] and waits() == []
+    audience._await({}, "update")

@@ -176,3 +176,37 @@ def test_a_broadcast_meets_once_tells_before_it_sends_and_marks_what_left(ray_he
         assert [entry for entry in heard[0] if entry[0] == "update"] == [("update", Bucket(PLAN.mark, index, "")) for index in (0, 1)] * 3
     finally:
         ray.shutdown()
+
+
+def test_a_group_is_left_on_both_sides_before_another_is_joined() -> None:
+    from raysys.training.worker import TrainerWorker
+    from raysys.weights.engine_backend import WeightExtension
+
+    log: list[tuple[Any, ...]] = []
+
+    class Sender:
+        def __init__(self, *group: Any):
+            self._group = group
+            log.append(("open", *group))
+
+        def close(self) -> None:
+            log.append(("close", *self._group))
+
+    spec: Any = None
+    worker = TrainerWorker(spec, 0, 1)
+    worker.open_sender(Sender, "here", 1, 2)
+    worker.open_sender(Sender, "here", 2, 3)
+    assert log == [("open", "here", 1, 2), ("close", "here", 1, 2), ("open", "here", 2, 3)]
+    log.clear()
+
+    async def note(*what: Any) -> None:
+        log.append(what)
+
+    engine: Any = SimpleNamespace(
+        collective_rpc=note, init_weight_transfer_engine=lambda request: note("join", request.init_info["rank_offset"])
+    )
+    asyncio.run(NcclReceiver().join(engine, "here", 1, 3, 5))
+    assert log == [("raysys_leave",), ("join", 3)]
+    backend = SimpleNamespace(shutdown=lambda: log.append(("shutdown",)))
+    WeightExtension.raysys_leave(SimpleNamespace(weight_transfer_engine=backend))
+    assert log[-1] == ("shutdown",)
