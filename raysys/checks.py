@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from raysys.job import RUNS_VARIABLE, lasting
 from raysys.pretraining_points import Storage
 from raysys.rollout.recorded import Replay
 from raysys.scoring import verifiers
+
+log = logging.getLogger("raysys")
 
 
 def check_gopd(config: GopdConfig) -> None:
@@ -90,12 +93,18 @@ def check_local_text(config: LocalTextConfig) -> None:
 
 
 def check_pretrain_moe(config: PretrainMoeConfig) -> None:
-    """Tokenizer, sources, where resume points go, and the folder that the run starts from. Raises ConfigError or DataError."""
+    """Tokenizer, sources, where resume points go, and the folder that the run starts from; warns of what can run but hardly should.
+
+    Raises:
+        ConfigError, DataError: something of it cannot be used.
+    """
     vocabulary = vocabulary_of(config)
     if config.storage is not None:
         Storage.of(Path("run"), config.storage).check()
     for label, source in found_here(config.data).sources.items():
         plan_units(source, label, config.data.unit_bytes, config.data.longest_row)
+    for warning in filter(None, (sized(config).flat_router(), config.not_exported())):
+        log.warning(warning)
     if config.start is None:
         return
     ids = sized(config).model.vocabulary or 0

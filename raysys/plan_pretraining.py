@@ -17,11 +17,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from raysys.checks import here, sized, vocabulary_of
 from raysys.config.parallel import effective_stage
 from raysys.config.pretraining import PretrainMoeConfig
-from raysys.models.moe import Counts, counts, shape_for
+from raysys.models.moe import Counts, MoeDecoder, counts, shape_for
 from raysys.plan import LOGITS_BLOCK, PROCESS, Device, amount, count, gradient_bytes
+from raysys.training.parameter_groups import parameter_groups, table
 
 CLUSTERS = (8, 64, 256)
 """GPUs that a plan is made for, besides those that the config asks for."""
@@ -77,6 +80,14 @@ def layout(config: PretrainMoeConfig, ranks: int, zero_stage: int, expert_parall
         "process": PROCESS,
     }
     return Layout(ranks, zero_stage, expert_parallel, passes, parts)
+
+
+def moved(config: PretrainMoeConfig) -> str:
+    """Which rule moves which parameters, as a table, of a model without weights."""
+    config = planned(config)
+    with torch.device("meta"):
+        model = MoeDecoder(shape_for(config.model, config.router, vocabulary_for(config), config.data.sequence))
+    return table(parameter_groups(model, config.optimiser))
 
 
 def vocabulary_for(config: PretrainMoeConfig) -> int:
@@ -135,7 +146,7 @@ def render(config: PretrainMoeConfig, device: Device, gpus: int | None = None) -
             ]
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    table = ["  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    memory = ["  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text = [
         *([f"start={start} is not here: taken for the config's model"] if start is not None and not here(start).exists() else []),
         f"parameters: dense {found.dense:,}, sparse {found.sparse:,}, activated {found.activated:,}, total {found.total:,}",
@@ -144,7 +155,9 @@ def render(config: PretrainMoeConfig, device: Device, gpus: int | None = None) -
         f"tokens: {config.batch * config.data.sequence:,} a step, {config.steps * config.batch * config.data.sequence:,} in all",
         "",
         f"memory of one {'GPU' if device.kind == 'gpu' else 'process'} by part; sequences: of one pass on one rank",
-        *table,
+        *memory,
+        "",
+        *(f"  {line}" for line in moved(config).splitlines()),
     ]
     if device.kind == "gpu":
         work = 8 if config.trainer.activation_checkpointing else 6

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from raysys import errors
 from raysys.assembly import Hardware
-from raysys.checks import found_here, local_or_id, sized, vocabulary_of
+from raysys.checks import found_here, local_or_id, vocabulary_of
 from raysys.config.pretraining import LocalTextConfig, PretrainMoeConfig
 from raysys.data.token_cache import TokenCache
 from raysys.data.token_plan import check_same
@@ -43,9 +43,10 @@ RESIZE_SECONDS = 20.0
 
 def run_pretrain_moe(config: PretrainMoeConfig, session: Session) -> None:
     """Tokenises what is not tokenised yet, and trains meanwhile."""
+    from raysys.plan_pretraining import moved  # imports torch, which the other jobs of this file do without
+
     hardware = Hardware.choose(config, config.trainer.dtype, config.trainer.fewest)
-    for warning in filter(None, (sized(config).flat_router(), config.not_exported())):
-        log.warning(warning)
+    log.info("what moves which parameter:\n%s", moved(config))
     data = found_here(config.data)
     with ExitStack() as stack:
         cache = stack.enter_context(contextlib.closing(TokenCache(data, str(session.folder / "tokens"), config.seed)))

@@ -85,6 +85,26 @@ def test_a_flat_router_is_warned_of() -> None:
     assert not paper("11b", "router.scale=1", "router.mpi=false").flat_router()
 
 
+def test_the_table_of_what_moves_which_parameter_is_printed() -> None:
+    lines = [line.split() for line in render(paper("3b"), H100)[0].splitlines()]
+    assert ["router", "12", "1,179,648", "muonh", "6.4", "0"] in lines
+    assert ["router", "8", "524,288", "adamw", "1", "0"] in [line.split() for line in render(paper("1b"), H100)[0].splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("trainer.zero_stage=3", "optimiser.kind=adamw"), "router.mode=inplace needs routers whole: set trainer.zero_stage to 0, 1 or 2"),
+        ((), "optimiser.kind=muonh another: set optimiser.matrix_norm=initial"),
+        (("optimiser.kind=adamw", "router.retract=false"), "mode=inplace with retract=false"),
+    ],
+)
+def test_what_an_overwritten_router_does_not_go_with_is_refused(overrides: tuple[str, ...], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        paper("3b", "router.mode=inplace", *overrides)
+    assert paper("3b", "router.mode=inplace", "optimiser.matrix_norm=initial").router.mode == "inplace"
+
+
 def test_a_model_that_stock_folders_cannot_hold_is_warned_of() -> None:
     config = paper("1b", "router.gate=sigmoid")
     assert "router.gate=sigmoid" in config.not_exported() and config.not_exported() in render(config, H100)[0]
@@ -103,7 +123,7 @@ def tiny(**more: Any) -> PretrainMoeConfig:
     )
 
 
-def test_a_run_that_starts_from_a_folder_is_planned_and_checked_by_its_sizes(tmp_path: Path) -> None:
+def test_a_run_that_starts_from_a_folder_is_planned_and_checked_by_its_sizes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shape = shape_for(tiny().model.model_copy(update={"experts": 6, "layers": 2}), tiny().router, 300, 64)
     model = MoeDecoder(shape).initialise(0)
     export_moe(model, tmp_path / "model")
@@ -122,6 +142,9 @@ def test_a_run_that_starts_from_a_folder_is_planned_and_checked_by_its_sizes(tmp
     assert try_step(started(), tokens=16).asked == 2
     thirds = started(trainer={"ranks": 3, "expert_parallel": 3})  # 6 experts; the config's 64 cannot be split like this
     check_pretrain_moe(thirds)
+    assert not caplog.records
+    check_pretrain_moe(started(router={"scale": 0.5}))
+    assert "router.scale=0.5: no logit can exceed 1.2" in caplog.text, "by the folder's sizes, and before anything starts"
     assert layout(thirds, 3, 1, 3, 1, H100).parts["weights"] < layout(thirds, 3, 1, 1, 1, H100).parts["weights"]
     with pytest.raises(ConfigError, match="experts=6 cannot be split evenly over expert_parallel=4"):
         check_pretrain_moe(started(trainer={"ranks": 4, "expert_parallel": 4}))

@@ -72,6 +72,10 @@ class Router(Config):
 
     mpi: bool = True
     """Rows follow their experts by power iteration; false is a plain linear router."""
+    mode: Literal["functional", "inplace"] = "functional"
+    """functional: rows are computed from the parameter and the experts in each forward pass, and gradients pass through. inplace, the other
+    reading of the paper: after each step the parameter is overwritten with its rows and scores as a plain router's, so that routing sends
+    no gradient into the experts."""
     scale: PositiveFloat = 4.0
     """The paper's C': every row has norm C' / sqrt(experts)."""
     iterations: NonNegativeInt = 1
@@ -86,6 +90,12 @@ class Router(Config):
     normalise_first: bool = True
     """Probabilities over all experts, then the largest; false: over the chosen ones only."""
     renormalise: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.mpi and self.mode == "inplace" and not self.retract:
+            raise ValueError("mode=inplace with retract=false: rows would grow or vanish step by step, set one of them back")
+        return self
 
     def largest_logit(self, width: int, experts: int) -> float | None:
         """What a token of unit mean square can reach: C' sqrt(D / N). None where nothing bounds it."""
@@ -181,9 +191,22 @@ class PretrainMoeConfig(Run):
         if self.start is None:  # else its folder has the experts; see `raysys.checks.sized`
             check_parallel(self.trainer.zero_stage, self.trainer.expert_parallel, self.trainer.fewest, self.model.experts)
         self.optimiser.check(self.steps, self.trainer.zero_stage, self.trainer.offload_optimizer)
+        self._check_overwriting()
         if self.validation is not None and not self.data.held_out_share:
             raise ValueError("validation needs data.held_out_share: texts that training never sees")
         return self
+
+    def _check_overwriting(self) -> None:
+        """Raises ValueError where a router that is overwritten does not go with what holds or moves it."""
+        if not self.router.mpi or self.router.mode == "functional":
+            return
+        if self.trainer.zero_stage > 2:
+            raise ValueError("router.mode=inplace needs routers whole: set trainer.zero_stage to 0, 1 or 2, or router.mode=functional")
+        if self.optimiser.hyperball and self.optimiser.matrix_norm == "sqrt_out":
+            raise ValueError(
+                f"router.mode=inplace gives rows a norm of its own, optimiser.kind={self.optimiser.kind} another: set "
+                "optimiser.matrix_norm=initial, or router.mode=functional"
+            )
 
     def not_exported(self) -> str:
         """A warning where no stock model can be written at the end; "" where one can."""

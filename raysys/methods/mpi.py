@@ -9,8 +9,9 @@ it [d, D] (so that the paper's M_i, the Gram of the input space, is W_i^T W_i an
     dL/dW_i = (W_i a_i) R_i^T + (W_i R_i) a_i^T                                 dense, rank 2, for experts that saw no token too
     lambda_i = ||W_i R'_i|| / (||R'_i|| ||W_i||_2)                              alignment, Eq. 11
 
-R' is a function of (R, W) that gradients pass through; nothing is written back. Only the direction of r counts, so rows and products are
-brought to size one by constants on the way: no number of iterations overflows or underflows, and the gradient is that of the plain form.
+R' is a function of (R, W) that gradients pass through; nothing is written back. The paper's words can be read otherwise too, as R <- R'
+once a training step, with tokens scored by R as it stands: `overwrite_`. Only the direction of r counts, so rows and products are brought
+to size one by constants on the way: no number of iterations overflows or underflows, and the gradient is that of the plain form.
 
 float64 stays float64, lower precisions compute and return float32.
 """
@@ -18,6 +19,7 @@ float64 stays float64, lower precisions compute and return float32.
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -49,11 +51,30 @@ def effective_router(router: Tensor, expert_gate: Tensor, scale: float, iteratio
         ValueError: shapes do not fit, a tensor is not floating, `scale` is not a positive number, `iterations` not a whole one from 0 on.
     """
     _check(router, expert_gate)
-    if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
+    if not (isinstance(scale, Real) and math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be a positive number, got {scale}")
     rows = powered(router, expert_gate, iterations, detach_expert)
     norm = rows.norm(dim=-1, keepdim=True)
-    return torch.where(norm > 0, scale * rows / norm.where(norm > 0, 1.0), torch.zeros_like(rows))
+    return torch.where(norm > 0, float(scale) * rows / norm.where(norm > 0, 1.0), torch.zeros_like(rows))
+
+
+@torch.no_grad()
+def overwrite_(router: Tensor, expert_gate: Tensor, scale: float, iterations: int = 1) -> Tensor:
+    """R <- R', in place: what the in-place mode does once a training step, after which tokens are scored with R itself.
+
+    No gradient passes, so experts get none from routing and R gets that of a plain router. Repeated, it brings rows to their expert's top
+    singular direction, however R is trained in between.
+
+    Args:
+        router: R, [N, D]; keeps its dtype. See `effective_router` for the others.
+
+    Returns:
+        The same tensor.
+
+    Raises:
+        ValueError: see `effective_router`.
+    """
+    return router.copy_(effective_router(router, expert_gate, scale, iterations))
 
 
 def powered(router: Tensor, expert_gate: Tensor, iterations: int = 1, detach_expert: bool = False, sized: bool = True) -> Tensor:
@@ -67,14 +88,14 @@ def powered(router: Tensor, expert_gate: Tensor, iterations: int = 1, detach_exp
         ValueError: see `effective_router`.
     """
     _check(router, expert_gate)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
+    if isinstance(iterations, bool) or not isinstance(iterations, Integral) or iterations < 0:
         raise ValueError(f"iterations must be a whole number from 0 on, got {iterations}")
     dtype = compute_dtype(router, expert_gate)
     size = _unit_size if sized else (lambda rows: rows)
     with torch.autocast(router.device.type, enabled=False):
         matrix = (expert_gate.detach() if detach_expert else expert_gate).to(dtype)
         rows = size(router.to(dtype))
-        for _ in range(iterations):
+        for _ in range(int(iterations)):
             rows = size(_PowerStep.apply(rows, matrix, sized))
     return rows
 

@@ -102,6 +102,11 @@ class Mixture(nn.Module):
         experts = self.experts
         return self.router.rows(experts.gate, experts.up, experts.down)
 
+    def overwrite_(self, weight: Tensor) -> Tensor:
+        """See `Router.overwrite_`."""
+        experts = self.experts
+        return self.router.overwrite_(weight, experts.gate, experts.up, experts.down)
+
 
 class Layer(nn.Module):
     def __init__(self, shape: MoeShape, group: ExpertGroup | None = None):

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from raysys.methods.mpi import Matrix, effective_router, input_matrix, powered
+from raysys.methods.mpi import Matrix, effective_router, input_matrix, overwrite_, powered
 from raysys.models.expert_parallel import ExpertGroup
 
 
@@ -22,6 +22,8 @@ class Routing:
 
     Attributes:
         mpi: rows are those of `raysys.methods.mpi.effective_router`.
+        mode: functional computes rows in each forward pass; inplace scores with the parameter, which whoever trains overwrites with its
+            rows once a step (`Router.overwrite_`).
         scale: the paper's C'; every row has norm C' / sqrt(N).
         iterations: power steps; 0 leaves only the normalisation.
         retract: without, rows keep the size that the power step gives them.
@@ -33,6 +35,7 @@ class Routing:
     """
 
     mpi: bool = True
+    mode: Literal["functional", "inplace"] = "functional"
     scale: float = 4.0
     iterations: int = 1
     retract: bool = True
@@ -41,6 +44,11 @@ class Routing:
     gate: Literal["softmax", "sigmoid"] = "softmax"
     normalise_first: bool = True
     renormalise: bool = False
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the parameter is to be overwritten once a step."""
+        return self.mpi and self.mode == "inplace"
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class Router(nn.Module):
     def rows(self, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         """The rows that score, [N, D], of the experts' matrices [N, d, D], [N, d, D] and [N, D, d]; with a group of those that are here."""
         how = self.routing
-        if not how.mpi:
+        if not how.mpi or how.overwritten:
             return self.weight
         matrix = input_matrix(how.matrix, gate, up, down)
         mine = self.weight if self.group is None else self.group.part(self.weight)
@@ -88,6 +96,14 @@ class Router(nn.Module):
         else:
             rows = powered(mine, matrix, how.iterations, how.detach_expert, sized=False)
         return rows if self.group is None else self.group.gathered(rows)
+
+    @torch.no_grad()
+    def overwrite_(self, weight: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        """The in-place mode's step, once for each of the optimiser's: `weight` [N, D], the parameter or its master, becomes its rows."""
+        how = self.routing
+        mine = weight if self.group is None else self.group.part(weight)
+        overwrite_(mine, input_matrix(how.matrix, gate, up, down), how.scale / math.sqrt(len(weight)), how.iterations)
+        return weight if self.group is None else weight.copy_(self.group.gathered(mine))
 
     def forward(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Routed:
         """x: [T, D]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -150,6 +151,10 @@ def _pretraining_summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
     for name, text in (("validation_loss", "held-out {:.3f}"), ("alignment", "lambda {:.2f}"), ("max_violation", "MaxVio {:.2f}")):
         found = [record[name] for record in records if isinstance(record.get(name), float)]
         parts += [text.format(found[-1])] if found else []
+    if rates := [record["tokens_per_second"] / record["ranks"] for record in records if record.get("ranks")]:
+        parts.append(f"{statistics.median(rates):,.0f} tokens/s a rank")
+    if shares := [record["mfu"] for record in records if record.get("mfu")]:
+        parts.append(f"MFU {statistics.median(shares):.0%}")
     return parts
 
 

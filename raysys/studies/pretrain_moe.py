@@ -7,7 +7,13 @@ from typing import Any
 from raysys.studies.ablation import Asks, Study
 from raysys.studies.measures import Column
 
-MPI: dict[str, Any] = {"router.mpi": True, "router.iterations": 1, "router.matrix": "gate", "router.detach_expert": False}
+MPI: dict[str, Any] = {
+    "router.mpi": True,
+    "router.mode": "functional",
+    "router.iterations": 1,
+    "router.matrix": "gate",
+    "router.detach_expert": False,
+}
 END = 20
 """Steps at the end of a run that count as its end."""
 
@@ -19,6 +25,7 @@ ROUTER = Study(
         "mpi": MPI,
         "mpi-10": MPI | {"router.iterations": 10},
         "detached": MPI | {"router.detach_expert": True},
+        "inplace": MPI | {"router.mode": "inplace"},
         "up": MPI | {"router.matrix": "up"},
         "down": MPI | {"router.matrix": "down"},
         **{f"scale-{scale}": MPI | {"router.scale": scale} for scale in (1, 2, 4, 8)},

@@ -74,11 +74,27 @@ def _whole(engine: Any, moments: Moments, key: str, name: str, parameter: nn.Par
     """This rank's experts, or all of a dense parameter: put together from the pieces of those that have the same."""
     if key != WEIGHT and key not in moments(name):
         return None
+    if key == WEIGHT:
+        return master(engine, parameter)
     if engine.zero_optimization_stage() == 0:
-        return parameter.detach() if key == WEIGHT else engine.optimizer.state[parameter][key]
-    found = safe_get_full_fp32_param(parameter) if key == WEIGHT else safe_get_full_optimizer_state(parameter, key)
+        return engine.optimizer.state[parameter][key]
+    found = safe_get_full_optimizer_state(parameter, key)
     assert found is not None, f"DeepSpeed has no {key} of a parameter that it trains"
     return found
+
+
+def master(engine: Any, parameter: nn.Parameter) -> Tensor:
+    """A parameter's weights as the optimiser moves them, put together from those that hold them. Collective."""
+    if engine.zero_optimization_stage() == 0:
+        return parameter.detach()
+    found = safe_get_full_fp32_param(parameter)
+    assert found is not None, "DeepSpeed has no weights of a parameter that it trains"
+    return found
+
+
+def put_weight(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
+    """Makes a parameter's weights others, the optimiser's master of them too. Collective; `value` is the same on all that hold them."""
+    _put(engine, WEIGHT, parameter, value)
 
 
 def _put(engine: Any, key: str, parameter: nn.Parameter, value: Tensor) -> None:

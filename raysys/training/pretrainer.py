@@ -34,6 +34,7 @@ from raysys.models.packing import Packing
 from raysys.models.routing import Routing
 from raysys.training import checkpoint, deep, named_checkpoint
 from raysys.training.expert_groups import clip_gradients, expert_group, mark
+from raysys.training.expert_states import master, put_weight
 from raysys.training.optimisers import bind, make_optimizer, rate_of, set_rate
 from raysys.training.parameter_groups import parameter_groups, states_of
 from raysys.training.pretrain_spec import PretrainSpec, Sequences
@@ -49,6 +50,9 @@ class Pretrainer:
         self.rank, self.world, self.device = deep.join(spec.device, config.trainer.threads, config.seed)
         self.stage = effective_stage(config.trainer.zero_stage, spec.dtype)
         self.model = mark(_model(spec, expert_group(config.trainer.expert_parallel)))
+        self._overwritten = [mixture for mixture in self.model.mixtures() if mixture.router.routing.overwritten]
+        for mixture in self._overwritten:
+            mixture.overwrite_(mixture.router.weight)
         self.activated = counts(self.model.shape).activated
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         optimizer = make_optimizer(self.model, config.optimiser)
@@ -111,6 +115,7 @@ class Pretrainer:
         norm, applied = deep.update(self.engine, self.stage, config.optimiser.clip, partial(clip_gradients, self.model))
         if not applied:
             raise NumericsError(f"step {self.step_index}: the loss is {loss:.4g}, the gradient norm is not finite", _REMEDY)
+        self._overwrite()
         self.step_index, self.updates = self.step_index + 1, self.updates + 1
         return {
             "loss": loss,
@@ -121,6 +126,14 @@ class Pretrainer:
             "learning_rate": rate,
             "tokens": float(sizes[:, 1].sum()),
         }
+
+    @torch.no_grad()
+    def _overwrite(self) -> None:
+        """The in-place mode, once a step and not in each pass: passes, and layers that are computed again, see the same rows. From the
+        float32 masters, since a step is often less than bfloat16 tells apart."""
+        for mixture in self._overwritten:
+            weight = mixture.router.weight
+            put_weight(self.engine, weight, mixture.overwrite_(master(self.engine, weight)))
 
     def _pass(self, part: Sequences, predicted: Tensor, tokens: Tensor, passes: int) -> tuple[Tensor, Tensor, Tensor]:
         """What to back-propagate; loss, balance and z as this rank's share of their means; loads [L, N] of all ranks."""

@@ -84,6 +84,21 @@ def test_routing_switches() -> None:
     assert int(plain.load.sum()) == 14
 
 
+def test_a_router_in_place_scores_as_a_plain_one_until_it_is_overwritten() -> None:
+    one = next(MoeDecoder(replace(SHAPE, routing=Routing(mode="inplace", matrix="down"))).double().initialise(0).mixtures())
+    experts, weight = one.experts, one.router.weight
+    assert one.rows() is weight
+    x = drawn(3, 5, SHAPE.width)
+    one(x)[0].square().sum().backward()
+    routed = one.router(x, experts.gate, experts.up, experts.down)
+    torch.testing.assert_close(routed.logits, x @ weight.T)
+    routed.logits.square().sum().backward()
+    assert weight.grad is not None and weight.grad.any()
+    want = effective_router(weight, experts.down.mT, 4.0 / 8**0.5)
+    assert one.overwrite_(weight) is weight and torch.equal(weight, want)
+    assert not Routing(mpi=False, mode="inplace").overwritten
+
+
 def test_losses_of_even_and_of_collapsed_routers() -> None:
     even = choose(torch.zeros(4, 4, dtype=torch.float64), 4, Routing())
     assert balance_loss(even).item() == pytest.approx(1) and z_loss(even).item() == pytest.approx(torch.tensor(4.0).log().item() ** 2)

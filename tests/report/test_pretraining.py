@@ -12,7 +12,15 @@ from raysys.report.html import render_report
 
 
 def record(step: int, shift: float = 0.0) -> dict[str, Any]:
-    found = {"step": step, "loss": 6.0 - step / 4 + shift, "balance_loss": 1.5, "max_violation": 0.8, "tokens_per_second": 900.0}
+    found = {
+        "step": step,
+        "loss": 6.0 - step / 4 + shift,
+        "balance_loss": 1.5,
+        "max_violation": 0.8,
+        "tokens_per_second": 900.0,
+        "ranks": 2,
+    }
+    found["mfu"] = 0.4
     if step == 7:
         found |= {"alignment": 0.61, "validation_loss": 4.5 + shift, "row_cosine": 0.2}
     return found | {"seconds": {"train": 1.0, "data": 0.1, "watch": 0.2, "total": 1.3}}
@@ -31,7 +39,7 @@ def folder(path: Path, shift: float = 0.0) -> Path:
 def test_a_run_says_what_became_of_loss_and_routers(tmp_path: Path) -> None:
     page = render_report(folder(tmp_path / "one")).read_text()
     for text in (
-        "loss 6.00 to 4.25 nats a token, held-out 4.500, lambda 0.61, MaxVio 0.80, in 8 steps.",
+        "loss 6.00 to 4.25 nats a token, held-out 4.500, lambda 0.61, MaxVio 0.80, 450 tokens/s a rank, MFU 40%, in 8 steps.",
         "Alignment by layer (lambda)",
         "Load of each expert",
         "Tokens a second",

@@ -91,6 +91,53 @@ def trained(
     return metrics, watched, tensors
 
 
+def overwritten_by_hand(rank: int, ranks: int, port: int, of: PretrainMoeConfig, steps: int = 3) -> Any:
+    """As `trained`, of the in-place mode: a plain router at stage 0, overwritten from outside before the first step and after each."""
+    import torch
+
+    from raysys.models.moe_files import hub_tensors
+
+    changed = {"router": of.router.model_copy(update={"mpi": False}), "trainer": of.trainer.model_copy(update={"zero_stage": 0})}
+    pretrainer, metrics = made(rank, ranks, port, of.model_copy(update=changed)), []
+
+    @torch.no_grad()
+    def overwrite() -> None:
+        for mixture in pretrainer.model.mixtures():
+            weight, gate = mixture.router.weight, mixture.experts.gate
+            rows = torch.einsum("nd,nfd,nfe->ne", weight, gate, gate)
+            weight.copy_(of.router.scale / len(weight) ** 0.5 * rows / rows.norm(dim=-1, keepdim=True))
+
+    overwrite()
+    for step in range(steps):
+        metrics.append(pretrainer.step(shares(step, of.accumulation, rank, ranks)))
+        overwrite()
+    watched = pretrainer.routers() | {"validation": pretrainer.validate(shares(99, 2, rank, ranks))}
+    return metrics, watched, {name: tensor.double().numpy() for name, tensor in hub_tensors(pretrainer.model)}
+
+
+def overwritten_masters(rank: int, ranks: int, port: int, of: PretrainMoeConfig, steps: int = 2) -> list[tuple[bool, bool]]:
+    """In bfloat16, of each layer: whether its router's master became the rows of what it was after the last step, not of the rounded
+    weights; and whether the model has these rows, rounded."""
+    from raysys.methods.mpi import effective_router
+    from raysys.training.expert_states import master
+
+    pretrainer, wanted = made(rank, ranks, port, of, dtype="bfloat16"), []
+    overwrite, mixtures = pretrainer._overwrite, list(pretrainer.model.mixtures())
+
+    def watched() -> None:
+        before = [master(pretrainer.engine, one.router.weight) for one in mixtures]
+        wanted[:] = [effective_router(row, one.experts.gate, of.router.scale / 2) for row, one in zip(before, mixtures, strict=True)]
+        overwrite()
+
+    pretrainer._overwrite = watched  # type: ignore[method-assign]
+    for step in range(steps):
+        pretrainer.step(shares(step, of.accumulation, rank, ranks))
+    found = [(master(pretrainer.engine, one.router.weight), one.router.weight) for one in mixtures]
+    return [
+        (bool((whole == rows).all()), bool((whole.bfloat16() == weight).all())) for (whole, weight), rows in zip(found, wanted, strict=True)
+    ]
+
+
 def gradients(rank: int, ranks: int, port: int, of: PretrainMoeConfig) -> tuple[float, int]:
     """Bytes of gradients that a rank in bfloat16 holds between backward and step, buckets aside; and its parameters."""
     pretrainer = made(rank, ranks, port, of, dtype="bfloat16")

@@ -93,6 +93,30 @@ def test_experts_split_over_two_ranks_are_whole_ones(alone: Any, solo: Ranks, pa
     assert found[0][0] == found[1][0]
 
 
+@pytest.fixture(scope="module")
+def overwritten(solo: Ranks) -> Any:
+    return solo(pretraining.overwritten_by_hand, of=pretraining.config(router={"mode": "inplace"}))[0]
+
+
+def test_a_router_in_place_is_a_plain_one_that_is_overwritten_after_each_step(alone: Any, overwritten: Any, solo: Ranks) -> None:
+    for stage in (0, 1, 2):
+        alike(overwritten, solo(pretraining.trained, of=pretraining.config(router={"mode": "inplace"}, trainer={"zero_stage": stage}))[0])
+    assert overwritten[0][0]["loss"] == pytest.approx(alone[0][0]["loss"], rel=1e-5), "the same rows at first"
+    assert overwritten[0][2]["loss"] != pytest.approx(alone[0][2]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("trainer", [{"zero_stage": 0}, {"zero_stage": 2}, {"zero_stage": 1, "expert_parallel": 2}])
+def test_a_router_in_place_on_two_ranks_is_that_on_one(overwritten: Any, pair: Ranks, trainer: dict[str, int]) -> None:
+    of = pretraining.config(router={"mode": "inplace"}, trainer={"ranks": 2} | trainer)
+    alike(overwritten, pair(pretraining.trained, of=of)[0])
+
+
+def test_masters_of_a_router_in_place_are_overwritten_in_float32(pair: Ranks) -> None:
+    of = pretraining.config(router={"mode": "inplace"}, trainer={"ranks": 2, "zero_stage": 1})
+    for found in pair(pretraining.overwritten_masters, of=of):
+        assert found == [(True, True)] * 2
+
+
 @pytest.mark.parametrize(("stage", "kind"), [(0, "adamw"), (1, "adamw"), (2, "adamw"), (3, "adamw"), (2, "muonh")])
 def test_gradients_take_what_the_plan_says(pair: Ranks, stage: int, kind: str) -> None:
     of = pretraining.config(trainer={"ranks": 2, "zero_stage": stage}, optimiser={"kind": kind})
@@ -128,9 +152,17 @@ def test_the_held_out_loss_is_of_as_many_sequences_as_asked_whatever_shares_them
     assert others == pytest.approx([whole] * len(others), rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muonh"])
-def test_saved_and_loaded_goes_on_bit_by_bit(solo: Ranks, tmp_path: Path, kind: str) -> None:
-    of = pretraining.config(optimiser={"kind": kind})
+@pytest.mark.parametrize(
+    ("optimiser", "mode"),
+    [
+        ({"kind": "adamw"}, "functional"),
+        ({"kind": "muonh"}, "functional"),
+        ({}, "inplace"),
+        ({"kind": "muonh", "matrix_norm": "initial"}, "inplace"),
+    ],
+)
+def test_saved_and_loaded_goes_on_bit_by_bit(solo: Ranks, tmp_path: Path, optimiser: Any, mode: str) -> None:
+    of = pretraining.config(optimiser=optimiser, router={"mode": mode})
     whole = solo(pretraining.trained, of=of)[0]
     first = solo(pretraining.trained, of=of, steps=1, folder=str(tmp_path / "one"))[0]
     rest = solo(pretraining.trained, of=of, steps=2, load=str(tmp_path / "one"))[0]
