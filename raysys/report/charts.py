@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-COLORS = ("#3b6fd4", "#e07b39", "#2f9e6e", "#b4459c", "#8a7a3d", "#5b8aa6", "#c2434a")
+COLORS = (
+    *("#3b6fd4", "#e07b39", "#2f9e6e", "#b4459c", "#8a7a3d", "#5b8aa6", "#c2434a"),
+    *("#6a4fb3", "#d9a521", "#d98cb3", "#1f6f78", "#7a4a32"),
+)
 PHASES = ("quantise", "data", "generate", "score", "train", "push", "record", "watch", "validate", "evaluate", "checkpoint", "other")
 _TITLES = {
     "reward": "Reward",
