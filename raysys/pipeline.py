@@ -210,7 +210,7 @@ def table(facts: Mapping[str, Any]) -> str:
         [
             row["label"],
             *(_cell(row["domains"].get(column)) for column in facts["columns"]),
-            *(f"{row['measures'][name]:.3f}" if name in row.get("measures", {}) else "-" for name in measures),
+            *(f"{row['measures'][name]:.4f}" if name in row.get("measures", {}) else "-" for name in measures),
         ]
         for row in facts["rows"]
     ]

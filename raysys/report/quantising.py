@@ -55,7 +55,7 @@ def summary(layer_map: Mapping[str, Any] | None, evaluations: Sequence[Mapping[s
     told = [f"{len(bits)} layers: {counts}"]
     for one in evaluations:
         if (value := one.get("measures", {}).get("perplexity")) is not None:
-            told.append(f"perplexity {value:.3f} ({one['label']})")
+            told.append(f"perplexity {value:.4f} ({one['label']})")
     return "; ".join(told) + "."
 
 

@@ -43,7 +43,7 @@ def test_the_page(tmp_path: Path) -> None:
     ]
     (tmp_path / "evaluation.jsonl").write_text("".join(json.dumps(one) + "\n" for one in evaluations))
     page = render_report(tmp_path).read_text()
-    assert "4 layers: 2 of 2 bits, 2 of 4 bits; perplexity 3.500 (full precision); perplexity 4.250 (quantised)." in page
+    assert "4 layers: 2 of 2 bits, 2 of 4 bits; perplexity 3.5000 (full precision); perplexity 4.2500 (quantised)." in page
     assert "<h2>Measures" in page and "<h2>Layers" in page and "<h2>Accuracy" not in page and "bits per weight" in page
     assert "<h2>Curves" not in page, "the errors are drawn by layer already"
 
