@@ -22,6 +22,7 @@ from raysys.models import grouped, packing
 from raysys.models.causal import load_causal
 from raysys.models.experts import mixture
 from raysys.models.moe import MoeDecoder, MoeShape
+from raysys.models.routing import Routing
 from raysys.models.scratch import new_causal
 from raysys.scoring.scorer import ScorerSpec, ScorerWorker
 from raysys.training import pretrainer
@@ -119,10 +120,11 @@ def test_a_step_with_a_micro_batch_of_nothing(folder: str, objective: Any, dtype
     engine.idle_step()
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muonh"])
-def test_a_step_of_pretraining(kind: Any) -> None:
-    config = Optimiser(kind=kind)
-    shape = MoeShape(vocabulary=99, width=32, layers=2, heads=2, kv_heads=1, head_dim=16, experts=4, top_k=2, expert_width=12)
+@pytest.mark.parametrize(("kind", "mode"), [("adamw", "functional"), ("muonh", "functional"), ("adamw", "inplace")])
+def test_a_step_of_pretraining(kind: Any, mode: Any) -> None:
+    config, routing = Optimiser(kind=kind), Routing(mode=mode)
+    sizes = {"width": 32, "layers": 2, "heads": 2, "kv_heads": 1, "head_dim": 16, "experts": 4, "top_k": 2, "expert_width": 12}
+    shape = MoeShape(vocabulary=99, routing=routing, **sizes)
     model = MoeDecoder(shape, checkpointing=True).initialise(0).to(torch.bfloat16)
     optimizer = make_optimizer(model, config)
     model.to(DEVICE)

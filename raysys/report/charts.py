@@ -242,6 +242,7 @@ def accuracy(rows: Sequence[tuple[str, Mapping[str, Mapping[str, float]]]]) -> s
             y=means,
             name=label,
             marker_color=COLORS[number % len(COLORS)],
+            marker_pattern_shape="" if number < len(COLORS) else "/",
             error_y={
                 "type": "data",
                 "symmetric": False,

@@ -28,7 +28,7 @@ from raysys.errors import NumericsError
 from raysys.files import write_json
 from raysys.methods.mpi import alignment, input_matrix, max_violation, row_cosine
 from raysys.models.expert_parallel import ExpertGroup
-from raysys.models.moe import MoeDecoder, counts, next_token_loss, shape_for
+from raysys.models.moe import Mixture, MoeDecoder, counts, next_token_loss, shape_for
 from raysys.models.moe_files import export_moe, load_moe
 from raysys.models.packing import Packing
 from raysys.models.routing import Routing
@@ -50,7 +50,6 @@ class Pretrainer:
         self.rank, self.world, self.device = deep.join(spec.device, config.trainer.threads, config.seed)
         self.stage = effective_stage(config.trainer.zero_stage, spec.dtype)
         self.model = mark(_model(spec, expert_group(config.trainer.expert_parallel)))
-        self._overwritten = [mixture for mixture in self.model.mixtures() if mixture.router.routing.overwritten]
         for mixture in self._overwritten:
             mixture.overwrite_(mixture.router.weight)
         self.activated = counts(self.model.shape).activated
@@ -126,6 +125,10 @@ class Pretrainer:
             "learning_rate": rate,
             "tokens": float(sizes[:, 1].sum()),
         }
+
+    @property
+    def _overwritten(self) -> list[Mixture]:
+        return [mixture for mixture in self.model.mixtures() if mixture.router.routing.overwritten]
 
     @torch.no_grad()
     def _overwrite(self) -> None:

@@ -82,6 +82,7 @@ def test_killed_and_resumed_it_is_the_same_file(place: Workplace, config: dict[s
 
 
 def test_four_bits_are_loaded_and_served_as_their_users_do_it(place: Workplace, config: dict[str, Any]) -> None:
+    """E7: stock transformers, and stock vLLM, whose CPU kernel has this width only and computes in bfloat16."""
     wide = new_causal(NewModel(**MODEL | {"hidden_size": 128, "layers": 2}), place.folder / "wide", seed=0)
     rounded = {"model": str(wide), "method": "rtn", "d2quant": {}, "calibration": None, "evaluation": None}
     place.run("quantize", "served", config | rounded | {"bits": 4, "allocation": "uniform", "check_export": True})
