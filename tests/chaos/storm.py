@@ -61,11 +61,14 @@ class Storm:
         self.kills: list[Kill] = []
 
     def rage(self, kills: int, pause: tuple[float, float], signals: tuple[signal.Signals, ...] = SIGNALS) -> None:
-        """Kills until there were `kills` or the run is done; each at least one step after the last one was made good."""
+        """Kills until there were `kills` or the run is done; each at least one step after the last one was made good, and no kind twice
+        before all had their turn."""
+        deck: list[str] = []
         with self:
             while len(self.kills) < kills and self.run.poll() is None:
                 time.sleep(self._dice.uniform(*pause))
-                self.hit(self._dice.choice(sorted(self._victims)), self._dice.choice(signals))
+                deck = deck or self._dice.sample(sorted(self._victims), len(self._victims))
+                self.hit(deck.pop(), self._dice.choice(signals))
         assert self.run.returncode == 0, f"the run ended with {self.run.returncode}:\n{self.tail()}"
 
     def __enter__(self) -> Storm:
