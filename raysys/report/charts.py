@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -274,6 +276,36 @@ def accuracy_by_step(evaluations: Sequence[Mapping[str, Any]]) -> str:
     figure.update_xaxes(title_text="step")
     figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
     return html(figure, height=320)
+
+
+def pareto(points: Sequence[tuple[float | None, float | None, str]], titles: Sequence[str], floor: tuple[float, str] | None = None) -> str:
+    """(x, y, name), both better when smaller; what nothing beats in both is joined by a line. "" where fewer than two have both.
+
+    Args:
+        points: those whose names begin alike, up to the first hyphen or underscore, have one colour.
+        titles: of the axes.
+        floor: a y to compare with, and its name, drawn across.
+    """
+    import plotly.graph_objects as go
+
+    whole = sorted((x, y, name) for x, y, name in points if x is not None and y is not None)
+    if len(whole) < 2:
+        return ""
+    figure = go.Figure()
+    y = [point[1] for point in whole]
+    best = [point for number, point in enumerate(whole) if point[1] < min(y[:number], default=float("inf"))]
+    line = {"color": "rgba(128,134,145,.6)", "shape": "hv", "dash": "dot"}
+    figure.add_scatter(x=[point[0] for point in best], y=[point[1] for point in best], mode="lines", line=line, name="nothing is better")
+    kinds = dict.fromkeys(re.split("[-_]", name)[0] for *_, name in whole)
+    for kind, color in zip(kinds, itertools.cycle(COLORS)):
+        x, y, names = zip(*[point for point in whole if re.split("[-_]", point[2])[0] == kind], strict=True)
+        figure.add_scatter(x=x, y=y, text=names, mode="markers", marker={"size": 9, "color": color}, name=kind)
+    if floor is not None:
+        figure.add_hline(y=floor[0], line={"color": "#9aa0a8", "width": 1}, annotation_text=floor[1], annotation_position="top right")
+    figure.update_xaxes(title_text=titles[0])
+    figure.update_yaxes(title_text=titles[1])
+    figure.update_traces(hovertemplate="%{text}: %{y:.4g}<extra></extra>", selector={"mode": "markers"})
+    return html(figure, height=420)
 
 
 def script() -> str:

@@ -175,3 +175,10 @@ def _by_layer(lines: Sequence[tuple[str, list[int], list[float], str]]) -> str:
     figure.update_xaxes(title_text="layer")
     figure.update_yaxes(rangemode="tozero", nticks=6)
     return charts.html(figure, height=260)
+
+
+def pareto(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Of a pipeline's table: perplexity by bits, with that of the model that most bits are spent on across; "" for other pipelines."""
+    found = [(row["measures"], row["label"]) for row in rows if {"perplexity", "bits_per_weight"} <= row.get("measures", {}).keys()]
+    points = sorted((one["bits_per_weight"], one["perplexity"], label) for one, label in found)
+    return charts.pareto(points[:-1], ("bits per weight", "perplexity"), floor=points[-1][1:]) if len(points) > 3 else ""

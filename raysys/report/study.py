@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -107,32 +106,11 @@ def _shown(values: Mapping[str, float | None], columns: Sequence[Mapping[str, An
 
 
 def pareto(study: Mapping[str, Any]) -> str:
-    """Cells by the means of two columns, those that no other cell beats in both joined by a line; "" without two such cells.
-
-    Cells whose names begin alike, up to the first hyphen, have one colour.
-    """
-    import plotly.graph_objects as go
-
+    """Cells by the means of the two columns that the study names; "" where it names none."""
     if not study.get("pareto"):
         return ""
     titles = study["pareto"]
-    points = [(*(cell["mean"].get(title) for title in titles), cell["cell"]) for cell in study["cells"]]
-    points = sorted(point for point in points if None not in point)
-    if len(points) < 2:
-        return ""
-    figure = go.Figure()
-    y = [point[1] for point in points]
-    best = [point for number, point in enumerate(points) if point[1] < min(y[:number], default=float("inf"))]
-    line = {"color": "rgba(128,134,145,.6)", "shape": "hv", "dash": "dot"}
-    figure.add_scatter(x=[point[0] for point in best], y=[point[1] for point in best], mode="lines", line=line, name="nothing is better")
-    kinds = dict.fromkeys(name.partition("-")[0] for *_, name in points)
-    for kind, color in zip(kinds, itertools.cycle(charts.COLORS)):
-        x, y, names = zip(*[point for point in points if point[2].partition("-")[0] == kind], strict=True)
-        figure.add_scatter(x=x, y=y, text=names, mode="markers", marker={"size": 9, "color": color}, name=kind)
-    figure.update_xaxes(title_text=titles[0])
-    figure.update_yaxes(title_text=titles[1])
-    figure.update_traces(hovertemplate="%{text}: %{y:.4g}<extra></extra>", selector={"mode": "markers"})
-    return charts.html(figure, height=420)
+    return charts.pareto([(*(cell["mean"].get(title) for title in titles), cell["cell"]) for cell in study["cells"]], titles)
 
 
 def _steps(folder: Path) -> list[dict[str, Any]]:

@@ -62,3 +62,14 @@ def test_a_pipeline_s_page_shows_where_each_model_has_its_bits(tmp_path: Path) -
     text = render_report(page).read_text()
     assert "Bits by layer" in text and "What they rest on (nsds)" in text and "<h2>Where a step" not in text
     assert [title for title, _ in quantising.side_by_side({"uniform": {"bits": [3, 3], "allocation": "uniform", "scores": None}})] == []
+
+
+def test_a_pipeline_that_spends_bits_shows_what_they_buy() -> None:
+    rows = [
+        {"label": label, "measures": {"bits_per_weight": bits, "perplexity": perplexity}}
+        for label, bits, perplexity in (("full", 32.0, 1.0), ("rtn_nsds", 3.25, 1.3), ("rtn_random", 3.25, 1.4), ("gptq_nsds", 3.25, 1.2))
+    ]
+    page = quantising.pareto([*rows, {"label": "unmeasured", "measures": {"perplexity": 1.0}}])
+    assert all(f'"{name}"' in page for name in ("rtn", "gptq", "rtn_random")) and '"unmeasured"' not in page
+    assert '"text":"full"' in page and "[32.0" not in page, "the model in full is a line, not a point"
+    assert quantising.pareto(rows[:3]) == "" == quantising.pareto([{"label": "one", "measures": {"f1": 0.5}}] * 5)
