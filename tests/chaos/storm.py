@@ -60,14 +60,16 @@ class Storm:
             self.run = subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log)
         self.kills: list[Kill] = []
 
-    def rage(self, kills: int, pause: tuple[float, float], signals: tuple[signal.Signals, ...] = SIGNALS) -> None:
-        """Kills until there were `kills` or the run is done; each at least one step after the last one was made good, and no kind twice
-        before all had their turn."""
-        deck: list[str] = []
+    def rage(self, kills: int, pause: tuple[float, float], signals: tuple[signal.Signals, ...] = SIGNALS, in_turn: bool = False) -> None:
+        """Kills until there were `kills` or the run is done; each at least one step after the last one was made good.
+
+        `in_turn` hits no kind twice before all had their turn.
+        """
+        kinds, deck = sorted(self._victims), list[str]()
         with self:
             while len(self.kills) < kills and self.run.poll() is None:
                 time.sleep(self._dice.uniform(*pause))
-                deck = deck or self._dice.sample(sorted(self._victims), len(self._victims))
+                deck = (deck or self._dice.sample(kinds, len(kinds))) if in_turn else [self._dice.choice(kinds)]
                 self.hit(deck.pop(), self._dice.choice(signals))
         assert self.run.returncode == 0, f"the run ended with {self.run.returncode}:\n{self.tail()}"
 
@@ -191,7 +193,7 @@ def real_run(head: Head, folder: Path, seed: int, kills: int, steps: int = 60) -
     runs: dict[str, Storm] = {}
     for name, count in (("hit", kills), ("calm", 0)):
         runs[name] = Storm(head, real_command(folder, name, steps), folder / name, REAL_VICTIMS, random.Random(seed), patience=240.0)
-        runs[name].rage(count, pause=(0.2, 1.5))
+        runs[name].rage(count, pause=(0.2, 1.5), in_turn=True)
     told = list(differences(folder / "calm", folder / "hit"))
     assert not told, told[0]
     for file in (folder / "calm" / "export").glob("*.safetensors"):
