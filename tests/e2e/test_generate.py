@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -69,7 +70,8 @@ def test_kill_nine_loses_no_row_and_doubles_none(place: Workplace, config: dict[
     assert run.wait(timeout=180) == 0, (place.folder / "killed.log").read_text()[-3000:]
 
     log = (place.folder / "killed.log").read_text()
-    assert f"resumed: {len(done)} of 40 shards are finished" in log and len(records(place, "killed")) == 40
+    resumed = re.search(r"resumed: (\d+) of 40 shards are finished", log)  # the actor may finish one after its driver's end
+    assert resumed is not None and len(done) <= int(resumed[1]) < 20 and len(records(place, "killed")) == 40
     assert all((path.parent / name).stat().st_mtime_ns == when for path in done[:1] for name, when in before.items()), "not done twice"
     files = {path.name: path.read_bytes() for path in (calm / "data").iterdir()}
     assert files == {path.name: path.read_bytes() for path in (place.folder / "killed" / "data").iterdir()} and len(files) > 35
