@@ -77,9 +77,10 @@ def run_quantize(config: QuantizeConfig, session: Session) -> None:
             _layers(config, session, bits, ask, progress)
             told = ask("finish", "deadlines.checkpoint", config.deadlines.checkpoint)
             progress["phase"] = "evaluate"
-            if checked := config.served and config.check_export:
+            probe = None
+            if config.served and config.check_export:
                 log.info(ask("load_export", "deadlines.checkpoint", config.deadlines.checkpoint))
-            probe = ask("probe", "deadlines.checkpoint", config.deadlines.checkpoint) if checked else None
+                probe = ask("probe", "deadlines.checkpoint", config.deadlines.checkpoint)
             _evaluate(config, session, ask, told)
             ask("close", "deadlines.checkpoint", config.deadlines.checkpoint)
         if probe is not None:  # the actor is gone: on one GPU there is room for an engine now
